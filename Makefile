@@ -1,0 +1,59 @@
+# Every target sets up .venv first, where pyproject.toml or the pinned versions changed. `make` alone lists the targets.
+
+CONF ?= conf/experiment/shapes.yaml
+PY := .venv/bin/python
+SETUP := .venv/.setup-done
+
+# The prompt is taken as typed and travels through the environment: neither make nor the shell reads its $, ` or ".
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup train generate evaluate test test-full lint format bench docker clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  CONF=$(CONF)  PROMPT="a small red circle"  CHECKPOINT=file'
+	@echo '  ARGS="more arguments"  TORCH=cpu (at set-up: torch without CUDA)  PYTHON=python3.12 (at set-up)'
+
+setup: $(SETUP) ## Make .venv with the tested versions
+
+$(SETUP): pyproject.toml constraints.txt requirements-no-deps.txt docker/setup.sh
+	@sh docker/setup.sh
+	@touch $@
+
+train: $(SETUP) ## Train the experiment CONF; Ctrl-C saves a checkpoint
+	@exec $(PY) -m pipeline fit -c $(CONF) $(ARGS)
+
+generate: $(SETUP) ## Draw PROMPT (or a few default prompts) with the newest checkpoint, or CHECKPOINT
+	@exec $(PY) -m pipeline generate $${PROMPT:+"$$PROMPT"} $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
+
+evaluate: $(SETUP) ## Measure the newest checkpoint, or CHECKPOINT
+	@exec $(PY) -m pipeline evaluate $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
+
+test: $(SETUP) ## Run the quick tests
+	@exec $(PY) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(SETUP) ## Run all tests, the slow ones too
+	@exec $(PY) -m pytest $(ARGS)
+
+lint: $(SETUP) ## Check style, format and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pyright
+
+format: $(SETUP) ## Format, and mend what ruff can mend
+	@$(PY) -m ruff check --fix-only .
+	@$(PY) -m ruff format .
+
+bench: $(SETUP) ## Run the benchmarks one by one
+	@set -e; for bench in $(wildcard benchmarks/*.py); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
+
+docker: ## Build the image of a GPU trainer
+	docker build -f docker/Dockerfile -t conditional-score-pipeline $(ARGS) .
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache dist
+	find pipeline tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

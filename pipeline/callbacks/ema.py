@@ -1,0 +1,94 @@
+"""The moving average of the weights."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EMA"]
+
+
+class EMA(pl.Callback):
+    r"""Keeps an exponential moving average of the trained weights, and validates and samples with
+    it.
+
+    .. math:: \bar\theta \leftarrow d_k \, \bar\theta + (1 - d_k) \, \theta, \quad
+        d_k = \min\left(d, \frac{1 + k}{10 + k}\right)
+
+    after optimizer step k. Checkpoints hold θ as the model's weights and :math:`\bar\theta` under
+    "ema", whenever they are written.
+
+    Arguments:
+        decay: The decay d in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"decay = {decay} must lie in [0, 1); 0.999 averages over about 1,000 steps."
+            )
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self.step = 0
+        self.swapped = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fresh = {name: p.detach().clone() for name, p in _trained(pl_module)}
+        for name, average in self.average.items():  # loaded from a checkpoint, on the CPU
+            fresh[name].copy_(average)
+        self.average, self.step = fresh, trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        if trainer.global_step == self.step:  # gradients were accumulated only
+            return
+        self.step = k = trainer.global_step
+        decay = min(self.decay, (1 + k) / (10 + k))
+        weights = [p for _, p in _trained(pl_module)]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.average:
+            self._swap(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.swapped:
+            self._swap(pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self.swapped:
+            self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: nn.Module) -> None:
+        """Exchange weights and averages, in place: whoever holds a parameter, a compiled network
+        say, sees it.
+        """
+        for name, p in _trained(pl_module):
+            kept = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(kept)
+        self.swapped = not self.swapped
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        weights, average = checkpoint["state_dict"], self.average
+        if self.swapped:
+            average = {name: weights[name] for name in self.average}
+            weights.update(self.average)
+        checkpoint["ema"] = average
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.average = checkpoint.get("ema", {})
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,0 +1,70 @@
+"""Which type the network computes in."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from pipeline.module import ScoreModule
+from pipeline.noise import Noise
+
+__all__ = ["Precision"]
+
+
+class Precision(pl.Callback):
+    """Runs the network in bfloat16 where a short trial shows that it pays.
+
+    Before the first step the loss and its gradient are timed on a made batch in both types;
+    bfloat16 is taken if it needs less than 0.9 of the time. Weights, preconditioning, loss and
+    optimizer stay in float32. The choice is kept in the checkpoint, so a resumed run computes as
+    before. Two runs on unlike machines may choose differently: name the type where that matters.
+
+    Arguments:
+        choice: "auto" for the trial, or "float32" or "bfloat16".
+        trials: The number of timed repetitions; the fastest counts.
+    """
+
+    def __init__(self, choice: str = "auto", trials: int = 4) -> None:
+        if choice not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"choice = {choice!r} must be 'auto', 'float32' or 'bfloat16'.")
+        self.choice, self.trials = choice, trials
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
+        types = {"float32": None, "bfloat16": torch.bfloat16}
+        if self.choice == "auto":
+            # in turn, so that a machine with other work slows both; the first round warms up
+            rounds = [
+                [self._time(trainer, pl_module, precision) for precision in types.values()]
+                for _ in range(self.trials + 1)
+            ]
+            full, half = (min(times) for times in zip(*rounds[1:], strict=True))
+            ratio = trainer.strategy.broadcast(half / full)
+            self.choice = "bfloat16" if ratio < 0.9 else "float32"
+            trainer.print(
+                f"A step takes {ratio:.2f} as long in bfloat16: computing in {self.choice}."
+            )
+        pl_module.denoiser.precision = types[self.choice]
+
+    def _time(
+        self, trainer: pl.Trainer, pl_module: ScoreModule, precision: torch.dtype | None
+    ) -> float:
+        """Seconds for one loss and its gradient, on rows of zeros and the null condition."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        x = torch.zeros(data.batch_size // trainer.world_size, *data.shape).to(pl_module.device)
+        u = data.conditioning.null().to(x).expand(len(x), -1, -1) if data.conditioning else None
+        denoiser, noise = pl_module.denoiser, Noise("trial", device=x.device)
+        denoiser.precision = precision
+        start = time.perf_counter()
+        pl_module.objective(denoiser, x, u, noise).mean().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        pl_module.zero_grad(set_to_none=True)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"choice": self.choice}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.choice = state_dict["choice"]

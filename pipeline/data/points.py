@@ -1,0 +1,54 @@
+"""Plain vectors: points of a Gaussian mixture, each conditioned on its component."""
+
+import torch
+
+from pipeline.conditioning.base import Conditioning
+from pipeline.data.base import DataModule, Source
+from pipeline.errors import UserError
+from pipeline.mcmc.targets import GaussianMixture
+from pipeline.noise import Noise
+
+__all__ = ["Points"]
+
+
+class Points(DataModule):
+    """Points of a mixture whose score is known, and the number of the component each came from.
+
+    Arguments:
+        mixture: What the points are drawn from.
+        conditioning: `Classes` with a name for each component, or None.
+        rows: The number of points to train on.
+        val_rows: The number of points to validate on.
+        batch_size: The size of a global batch: all devices together.
+        seed: What decides the points and their order.
+        workers: Loader processes.
+        cache_dir: Where embeddings are kept; by default `~/.cache/conditional-pipeline`.
+        table_gib: See :class:`pipeline.data.DataModule`.
+    """
+
+    def __init__(
+        self,
+        mixture: GaussianMixture,
+        conditioning: Conditioning | None,
+        rows: int = 65536,
+        val_rows: int = 4096,
+        batch_size: int = 256,
+        seed: int = 0,
+        workers: int = 0,
+        cache_dir: str | None = None,
+        table_gib: float = 1.0,
+    ) -> None:
+        super().__init__(conditioning, batch_size, seed, workers, cache_dir, table_gib)
+        if min(rows, val_rows) < 1:
+            raise ValueError(f"rows is {rows} and val_rows {val_rows}; both must be at least 1.")
+        self.mixture, self.counts = mixture, {"train": rows, "val": val_rows}
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.mixture.means.shape[-1],)
+
+    def source(self, split: str) -> Source:
+        if split not in self.counts:
+            raise UserError(f"There is no split {split!r}; there are 'train' and 'val'.")
+        x, component = self.mixture.sample(Noise(self.seed, split), self.counts[split])
+        return Source(x.to(torch.float32).numpy(), component.tolist())

@@ -1,0 +1,1 @@
+"""Features, statistics, distances, and how well a picture keeps to its prompt."""

@@ -1,0 +1,221 @@
+r"""Reads a flat shape back from the pixels: a detector that is not the model.
+
+A picture is taken apart as ground + a · (colour − ground), with a in [0, 1] how much of each pixel
+the object covers:
+
+1. the *ground* must be there: most pixels near white;
+2. *colour*: the palette colour nearest to the mean of the pixels that are clearly not ground, if
+   it is near enough and, mixed with the ground by a, explains the whole picture;
+3. *shape*: each shape is laid over the object with the area and centroid of a, and the shape is
+   the one whose overlap :math:`\sum \min(a, b) / \sum \max(a, b)` is largest, if it is large:
+   holes, noise, a second object all lower it; and the edge, :math:`\sum 4 a (1 - a)` for each
+   pixel of half-extent, must be sharp;
+4. *size* from that shape's extent, *position* from its middle, where both are near one that
+   exists.
+
+What fails a test is read as None: not a picture of one object. The thresholds let through noise of
+±20 grey levels and edges softened by half a pixel.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.shapes import (
+    BACKGROUND,
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Attributes,
+    coverage,
+)
+
+__all__ = ["accuracy", "chance", "read"]
+
+GROUND = 0.4  # the least part of the picture that is ground
+COLOUR = 70.0  # RGB distance of the object's mean colour from its palette colour
+RESIDUAL = 32.0  # root mean square difference from ground + a (colour − ground), in grey levels
+OVERLAP = 0.75  # of the object and its shape
+MARGIN = 0.03  # by which the best shape's overlap exceeds the next
+SIZE = 0.22  # relative distance from the nearest size
+POSITION = 3.7  # pixels from the nearest position
+EDGE = 10.0  # half-covered pixels per pixel of half-extent: drawn up to 7.5, blurred by 2 px 14
+AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 2.56}  # of a half-extent of 1
+SINK = {"triangle": 1 / 3}  # how far the centroid lies below the middle, in half-extents
+
+
+def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | None]:
+    """What each picture shows, or None.
+
+    Arguments:
+        pictures: Pictures, with shape :math:`(N, 3, 32, 32)`, as uint8 or as floats in [-1, 1].
+        batch: How many to read at a time.
+    """
+    pixels = to_levels(pictures)
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, 32, 32):
+        raise ValueError(f"Pictures have shape {tuple(pixels.shape)}; expected (N, 3, 32, 32).")
+    return [
+        one for some in np.array_split(pixels, len(pixels) // batch + 1) for one in read_some(some)
+    ]
+
+
+def to_levels(pictures: Tensor | np.ndarray) -> np.ndarray:
+    """Grey levels 0 … 255 as float32, whatever the pictures are."""
+    tensor = torch.as_tensor(pictures).detach().cpu()
+    levels = (
+        tensor.float()
+        if tensor.dtype == torch.uint8
+        else ((tensor.float() + 1) * 127.5).nan_to_num(0.0)
+    )
+    return levels.clamp(0, 255).numpy()
+
+
+def read_some(x: np.ndarray) -> list[Attributes | None]:
+    if not len(x):
+        return []
+    ground = np.array(BACKGROUND, np.float32)[:, None, None]
+    fine = (np.linalg.norm(x - ground, axis=1) < 60).mean((1, 2)) > GROUND
+    colour, good = read_colour(x)
+    a, good_mix = cover(x, colour)
+    shape, x_middle, y_middle, radius, good_shape = read_shape(a)
+    size, good_size = nearest_size(radius)
+    position, good_position = nearest_position(x_middle, y_middle)
+    sharp = (4 * a * (1 - a)).sum((1, 2)) < EDGE * radius
+    fine &= good & good_mix & good_shape & sharp & good_size & good_position
+    names = (list(COLOURS), SHAPES, list(SIZES), list(POSITIONS))
+    index = np.stack([colour, shape, size, position], 1)
+    return [
+        Attributes(*(of[i] for of, i in zip(names, row, strict=True))) if ok else None
+        for row, ok in zip(index, fine, strict=True)
+    ]
+
+
+def read_colour(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The palette colour nearest to the object's mean (N,), and whether it is near."""
+    palette = np.array(list(COLOURS.values()), np.float32)  # (K, 3)
+    away = np.linalg.norm(x - np.array(BACKGROUND, np.float32)[:, None, None], axis=1)  # (N, H, W)
+    core = away >= 0.8 * np.quantile(away, 0.985, axis=(1, 2))[:, None, None]
+    mean = (x * core[:, None]).sum((2, 3)) / core.sum((1, 2))[:, None]
+    distance = np.linalg.norm(mean[:, None] - palette, axis=2)
+    return distance.argmin(1), distance.min(1) < COLOUR
+
+
+def cover(x: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much of each pixel is covered (N, H, W), and whether that explains the picture."""
+    ground = np.array(BACKGROUND, np.float32)
+    toward = np.array(list(COLOURS.values()), np.float32)[colour] - ground  # (N, 3)
+    off = x - ground[:, None, None]
+    a = np.einsum("nchw,nc->nhw", off, toward) / (toward**2).sum(1)[:, None, None]
+    a = a.clip(0, 1)
+    rest = off - a[:, None] * toward[:, :, None, None]
+    everywhere = np.sqrt((rest**2).mean((1, 2, 3)))
+    inside = np.sqrt(((rest**2).mean(1) * a).sum((1, 2)) / a.sum((1, 2)).clip(1))
+    return steepen(a), (everywhere < RESIDUAL) & (inside < 1.5 * RESIDUAL)
+
+
+def steepen(a: np.ndarray) -> np.ndarray:
+    """Sets faint noise on the ground and in the object to 0 and 1: a thousand pixels of it would
+    outweigh the object.
+    """
+    return ((a - 0.2) / 0.6).clip(0, 1)
+
+
+def read_shape(a: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The best shape, the middle and half-extent of it (N,), and whether it is good."""
+    area = a.sum((1, 2)).clip(1)
+    grid = np.arange(a.shape[-1]) + 0.5
+    x, y = (a.sum(1) * grid).sum(1) / area, (a.sum(2) * grid).sum(1) / area
+    radius = np.stack([np.sqrt(area / AREA[shape]) for shape in SHAPES])  # (4, N)
+    y_middle = np.stack(
+        [y - SINK.get(shape, 0) * r for shape, r in zip(SHAPES, radius, strict=True)]
+    )
+    overlap = np.stack(
+        [
+            iou(a, steepen(coverage(s, x, *yr)))
+            for s, *yr in zip(SHAPES, y_middle, radius, strict=True)
+        ]
+    )
+    best, rows = overlap.argmax(0), np.arange(len(a))
+    ranked = np.sort(overlap, 0)
+    good = (ranked[-1] > OVERLAP) & (ranked[-1] - ranked[-2] > MARGIN)
+    return best, x, y_middle[best, rows], radius[best, rows], good
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.minimum(a, b).sum((1, 2)) / np.maximum(a, b).sum((1, 2)).clip(1)
+
+
+def nearest_size(radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    off = abs(np.log(radius[:, None] / np.array(list(SIZES.values()))))
+    return off.argmin(1), off.min(1) < SIZE
+
+
+def nearest_position(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    places = np.array(list(POSITIONS.values()))
+    off = np.hypot(x[:, None] - places[:, 0], y[:, None] - places[:, 1])
+    return off.argmin(1), off.min(1) < POSITION
+
+
+def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dict[str, Any]:
+    r"""How well pictures show what was asked for.
+
+    An attribute that was not asked for (None) counts for nothing; an unread picture gets every
+    asked one wrong.
+
+    Arguments:
+        pictures: Pictures, with shape :math:`(N, 3, 32, 32)`, as uint8 or as floats in [-1, 1].
+        wanted: What was asked of each.
+
+    Returns: `colour`, `shape`, `size`, `position`: the part right; `mean`: of these four; `all`:
+        the part with everything right; `read`: the part that shows one object at all;
+        `chance_colour` …: what :func:`chance` says.
+    """
+    found = read(pictures)
+    if len(found) != len(wanted):
+        raise ValueError(
+            f"There are {len(found)} pictures and {len(wanted)} captions; expected as many."
+        )
+    right = {name: [] for name in Attributes._fields}
+    for one, want in zip(found, wanted, strict=True):
+        for name, value in want._asdict().items():
+            if value is not None:
+                right[name].append(one is not None and getattr(one, name) == value)
+    part = {name: float(np.mean(hits)) for name, hits in right.items() if hits}
+    every = [one is not None and fits(one, want) for one, want in zip(found, wanted, strict=True)]
+    part |= {"mean": float(np.mean(list(part.values()))), "all": float(np.mean(every))}
+    return part | {"read": float(np.mean([one is not None for one in found]))} | chance(wanted)
+
+
+def fits(one: Attributes, want: Attributes) -> bool:
+    return all(value in (None, have) for value, have in zip(want, one, strict=True))
+
+
+def chance(wanted: Sequence[Attributes]) -> dict[str, float]:
+    r"""What a model that draws a perfect picture of a uniformly random combination, deaf to the
+    prompt, would reach.
+
+    .. math:: \tfrac{1}{6}, \tfrac{1}{4}, \tfrac{1}{2}, \tfrac{1}{5}
+        \text{ for colour, shape, size, position}; \qquad
+        \prod_{\text{asked}} \tfrac{1}{|\text{values}|} \text{ for all, its mean over prompts}
+    """
+    part = {
+        "colour": 1 / len(COLOURS),
+        "shape": 1 / len(SHAPES),
+        "size": 1 / len(SIZES),
+        "position": 1 / len(POSITIONS),
+    }
+    asked = {
+        name: value
+        for name, value in part.items()
+        if any(getattr(want, name) is not None for want in wanted)
+    }
+    whole = [
+        np.prod([part[name] for name, value in want._asdict().items() if value is not None])
+        for want in wanted
+    ]
+    chances = asked | {"mean": float(np.mean(list(asked.values()))), "all": float(np.mean(whole))}
+    return {f"chance_{name}": value for name, value in chances.items()}

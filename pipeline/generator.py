@@ -1,0 +1,196 @@
+"""Prompts to pictures, without Lightning.
+
+A `Generator` is what is left of a training run when training is taken away: the denoiser with its
+averaged weights, the conditioning, and what is drawn with. `generate`, sample sheets and
+evaluation all draw through it.
+"""
+
+import importlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.conditioning import Conditioning
+from pipeline.denoisers import Denoiser
+from pipeline.errors import UserError
+from pipeline.guidance import Guidance
+from pipeline.noise import PictureNoise
+from pipeline.samplers import Sampler
+
+__all__ = ["Generator", "build", "read_checkpoint"]
+
+
+class Generator:
+    r"""Draws from :math:`p(x \mid u)`.
+
+    Picture i is a function of its seed, its condition and the settings: its noise bit for bit
+    whatever is drawn beside it and on whatever device; the picture bit for bit at a fixed
+    micro-batch, which is why the last one is filled up.
+
+    Arguments:
+        denoiser: The denoiser.
+        conditioning: Turns prompts, classes or vectors into u; `None` for an unconditional model.
+        shape: The shape of one x: (C, H, W) or (D,).
+        sampler: How to draw.
+        guidance: How to guide; `None` leaves the conditional denoiser as it is.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioning: Conditioning | None,
+        shape: Sequence[int],
+        sampler: Sampler,
+        guidance: Guidance | None = None,
+    ) -> None:
+        self.denoiser, self.conditioning, self.shape = denoiser, conditioning, tuple(shape)
+        self.sampler, self.guidance = sampler, guidance
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+    ) -> "Generator":
+        """The generator that a training run wrote into its checkpoint, with the averaged weights
+        where there are any.
+
+        Arguments:
+            path: A checkpoint written by `python -m pipeline fit`.
+            device: Where to draw.
+            trust: Packages beside our own whose classes the checkpoint may name.
+
+        Raises:
+            UserError: The file is not such a checkpoint.
+        """
+        checkpoint = read_checkpoint(path)
+        about = checkpoint["pipeline"]
+        parts = {
+            name: build(about[name], trust)
+            for name in ("denoiser", "conditioning", "sampler", "guidance")
+        }
+        denoiser = parts["denoiser"]
+        weights = checkpoint["state_dict"] | checkpoint.get("ema", {})
+        denoiser.load_state_dict(
+            {name.removeprefix("denoiser."): w for name, w in weights.items()}
+        )
+        denoiser.to(device).eval().requires_grad_(False)
+        return cls(
+            denoiser, parts["conditioning"], about["shape"], parts["sampler"], parts["guidance"]
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the denoiser's weights."""
+        return next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+
+    def embed(self, values: Sequence[Any]) -> Tensor | None:
+        """u for each value, with shape (B, L, E).
+
+        Each distinct value is embedded by itself: to the last bit, a picture must not depend on
+        its neighbours.
+        """
+        if self.conditioning is None:
+            return None
+        known = {value: self.conditioning.embed([value])[0] for value in dict.fromkeys(values)}
+        u = torch.nn.utils.rnn.pad_sequence([known[value] for value in values], batch_first=True)
+        return u.to(self.device)
+
+    def __call__(
+        self,
+        values: Sequence[Any],
+        seeds: Sequence[int],
+        micro_batch: int = 16,
+        progress: Callable[[], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Draw one x for each value.
+
+        Arguments:
+            values: What to condition on: prompts, class names, vectors as tuples; ignored by an
+                unconditional model.
+            seeds: The seed of each.
+            micro_batch: How many are drawn together. Memory grows with it.
+            progress: Called after each step of the sampler, `sampler.steps` times a micro-batch.
+
+        Yields:
+            The x of each micro-batch in turn, with shape (up to micro_batch, \\*shape), in about
+            [-1, 1].
+        """
+        denoiser, u = self.denoiser, self.embed(values)
+        if self.guidance is not None and self.conditioning is not None:
+            denoiser = self.guidance(denoiser, self.conditioning.null().to(self.device))
+        training = self.denoiser.training
+        self.denoiser.eval()
+        for start in range(0, len(values), micro_batch):
+            rows = list(range(start, min(start + micro_batch, len(values))))
+            filled = rows + rows[-1:] * (micro_batch - len(rows))
+            like = torch.empty(len(filled), *self.shape, device=self.device)
+            noise = PictureNoise([seeds[i] for i in filled])
+            x = self.sampler(denoiser, like, None if u is None else u[filled], noise, progress)
+            yield x[: len(rows)]
+        self.denoiser.train(training)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A training run's checkpoint, read without executing anything in it.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it was not written by `python -m
+            pipeline fit`.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"There is no checkpoint {path}; `make train` makes one in runs/, or name another."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint; it may be cut short or another kind of file."
+        ) from error
+    if not isinstance(checkpoint, dict) or not checkpoint.get("pipeline"):
+        raise UserError(
+            f"{path} does not say how to build its model, so it was not written by `python -m "
+            f"pipeline fit`; "
+            "build a Generator from your own denoiser instead."
+        )
+    return checkpoint
+
+
+def build(node: Any, trust: Sequence[str] = ()) -> Any:
+    """The object that a description names: {"class_path": …, "init_args": {…}}, at any depth.
+
+    Arguments:
+        node: The description; what is not one is returned as it is.
+        trust: Packages beside our own whose classes may be named.
+
+    Raises:
+        UserError: It names anything but a class of ours or of a trusted package.
+    """
+    if isinstance(node, list):
+        return [build(item, trust) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "class_path" not in node:
+        return {key: build(value, trust) for key, value in node.items()}
+    path = node["class_path"]
+    allowed = ("pipeline", *trust)
+    if path.split(".")[0] not in allowed:
+        raise UserError(
+            f"The checkpoint names {path}, which is not in a trusted package "
+            f"({', '.join(allowed)})."
+        )
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None)
+    if not isinstance(found, type) or found.__module__.split(".")[0] not in allowed:
+        raise UserError(f"The checkpoint names {path}, which is not a class of a trusted package.")
+    return found(**build(node.get("init_args") or {}, trust))

@@ -1,0 +1,3 @@
+from pipeline.mcmc.targets import GaussianMixture, Target
+
+__all__ = ["GaussianMixture", "Target"]

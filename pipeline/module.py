@@ -1,0 +1,145 @@
+"""Training: a batch, an objective, an optimizer."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from pipeline.data.base import Batch
+from pipeline.denoisers import Preconditioned
+from pipeline.errors import UserError
+from pipeline.guidance import Guidance
+from pipeline.noise import Noise, mix
+from pipeline.objectives import Objective
+from pipeline.samplers import Sampler
+
+__all__ = ["ScoreModule"]
+
+
+class ScoreModule(pl.LightningModule):
+    r"""Trains a denoiser, and so the conditional score :math:`\phi(x \mid u)`.
+
+    The noise, the levels and the condition dropout of a step are functions of (seed, batches seen,
+    index in the global batch): a resumed run is the same run, and two devices draw what one would.
+
+    Arguments:
+        denoiser: The denoiser that is trained.
+        objective: What is minimised.
+        sampler: How samples are drawn while training, and by default afterwards. It is not part of
+            the model.
+        guidance: How those samples are guided, likewise.
+        optimizer: Makes the optimizer from the parameters.
+        condition_dropout: The share of examples whose condition is replaced by the null condition,
+            in [0, 1).
+        warmup: The number of steps over which the learning rate rises from 0; it then falls to 0
+            as half a cosine over the steps of the run, or stays where it is if the run has no end.
+        seed: Decides all that is drawn in training.
+    """
+
+    def __init__(
+        self,
+        denoiser: Preconditioned,
+        objective: Objective,
+        sampler: Sampler,
+        guidance: Guidance | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        condition_dropout: float = 0.1,
+        warmup: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= condition_dropout < 1:
+            raise ValueError(
+                f"condition_dropout = {condition_dropout} must lie in [0, 1): it is a share "
+                f"of examples."
+            )
+        self.denoiser, self.objective = denoiser, objective
+        self.sampler, self.guidance = sampler, guidance
+        self.optimizer, self.condition_dropout, self.warmup, self.seed = (
+            optimizer,
+            condition_dropout,
+            warmup,
+            seed,
+        )
+        self.description: dict[
+            str, Any
+        ] = {}  # how to build the model again, written into checkpoints; set by the CLI
+
+    @property
+    def batches_seen(self) -> int:
+        """The number of batches whose step is complete, accumulated ones counted one by one."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def noise(self, *key: int | str, n: int) -> Noise:
+        """The randomness of this device's n rows of a global batch."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return Noise(self.seed, *key, device=self.device, rows=(rank * n, world * n))
+
+    def on_fit_start(self) -> None:
+        conditioning = getattr(self.trainer.datamodule, "conditioning", None)  # type: ignore[attr-defined]
+        have = conditioning.dim if conditioning else 0
+        want = getattr(self.denoiser.network, "u_dim", have)
+        if have != want:
+            raise UserError(
+                f"The network takes a condition of width u_dim = {want} and the data's "
+                f"conditioning gives {have}: "
+                f"set model.denoiser.init_args.network.init_args.u_dim to {have}."
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        seen, n = self.batches_seen, len(batch.x)
+        torch.manual_seed(
+            mix(self.seed, seen, self.global_rank)
+        )  # for layers that draw, such as dropout
+        noise = self.noise("train", seen, n=n)
+        u = batch.u
+        if u is not None and batch.u_null is not None and self.condition_dropout:
+            u = replace(u, batch.u_null, noise.uniform(n) < self.condition_dropout)
+        loss = self.objective(self.denoiser, batch.x, u, noise).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        bands = max(len(self.objective.bands), 1)
+        self.total = torch.zeros(
+            2, bands, dtype=torch.float64, device=self.device
+        )  # losses, examples
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        noise = self.noise("validate", batch_idx, n=len(batch.x))
+        loss, band = self.objective.validate(self.denoiser, batch.x, batch.u, noise)
+        self.total[0].index_add_(0, band, (loss * batch.weight).double())
+        self.total[1].index_add_(0, band, batch.weight.double())
+
+    def on_validation_epoch_end(self) -> None:
+        losses, examples = self.trainer.strategy.reduce(self.total, reduce_op="sum")
+        self.log("val/loss", losses.sum() / examples.sum(), prog_bar=True, rank_zero_only=False)
+        for name, loss, count in zip(self.objective.bands, losses, examples, strict=False):
+            self.log(f"val/{name}", loss / count.clamp(min=1))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(self.denoiser.parameters())
+        steps, warmup = self.trainer.estimated_stepping_batches, self.warmup
+
+        def factor(step: int) -> float:
+            rise = min((step + 1) / max(warmup, 1), 1.0)
+            return rise * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["pipeline"] = self.description
+
+
+def replace(u: Tensor, u_null: Tensor, where: Tensor) -> Tensor:
+    """u (B, L, E) with the null condition (1, L', E) in the rows `where` (B,) is true."""
+    length = max(u.shape[1], u_null.shape[1])
+    u, u_null = (torch.nn.functional.pad(z, (0, 0, 0, length - z.shape[1])) for z in (u, u_null))
+    return torch.where(where[:, None, None], u_null, u)

@@ -1,0 +1,106 @@
+"""Layers that several networks share."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["CrossAttention", "LevelEmbedding", "SelfAttention", "pool"]
+
+
+def pool(u: Tensor) -> Tensor:
+    """Mean over the tokens of a condition (B, L, E) that are not padding, with shape (B, E); 0
+    where all are.
+    """
+    count = (u != 0).any(dim=-1).sum(dim=-1, keepdim=True)  # (B, 1)
+    return u.sum(dim=1) / count.clamp(min=1)
+
+
+class LevelEmbedding(nn.Module):
+    r"""Features of a noise level :math:`\log \sigma / \alpha`, then two linear layers.
+
+    .. math:: \big( \cos \omega_k \ell, \, \sin \omega_k \ell \big)_k, \quad
+        \omega_k \text{ geometric from } 1/16 \text{ to } 8
+
+    The slowest wave is nearly linear over the levels in use (about −7 to 7), the fastest separates
+    levels 0.1 apart.
+
+    Arguments:
+        dim: The width of the embedding, even.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("omega", torch.logspace(-4, 3, dim // 2, base=2.0), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, level: Tensor) -> Tensor:
+        angle = level[:, None] * self.omega.to(level.dtype)  # (B, dim / 2)
+        return self.layers(torch.cat((angle.cos(), angle.sin()), dim=-1))
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, L, C / heads)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention among the places of a map, added to it.
+
+    Arguments:
+        width: The number of channels C.
+        head_width: The number of channels of a head; C must be a multiple of it.
+    """
+
+    def __init__(self, width: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.heads = max(width // head_width, 1)
+        self.norm = nn.GroupNorm(1, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        q, k, v = (_heads(z, self.heads) for z in self.qkv(tokens).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Attention of the places of a map to the tokens of a condition, added to it.
+
+    Tokens that are exactly zero are padding and are masked; a row with no other gets nothing.
+
+    Arguments:
+        width: The number of channels C of the map.
+        u_dim: The width E of a token.
+        head_width: The number of channels of a head; C must be a multiple of it.
+    """
+
+    def __init__(self, width: int, u_dim: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.heads = max(width // head_width, 1)
+        self.norm = nn.GroupNorm(1, width)
+        self.norm_u = nn.LayerNorm(u_dim)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(u_dim, 2 * width)
+        self.out = nn.Linear(
+            width, width, bias=False
+        )  # so that a row with nothing to attend to gets exactly 0
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        mask = (u != 0).any(dim=-1)[:, None, None, :]  # (B, 1, 1, L)
+        q = _heads(self.q(self.norm(x).flatten(2).transpose(1, 2)), self.heads)
+        k, v = (_heads(z, self.heads) for z in self.kv(self.norm_u(u)).chunk(2, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def width_groups(width: int) -> int:
+    """The number of groups for a group norm: groups of 16 channels, or of the next divisor
+    below.
+    """
+    return width // math.gcd(width, 16)

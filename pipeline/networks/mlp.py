@@ -1,0 +1,51 @@
+"""A network for plain vectors."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.networks.layers import LevelEmbedding, pool
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    r"""A residual multilayer perceptron on the concatenation :math:`(x, u, \text{level})`.
+
+    The network of the lecture's equation (6): the condition is one more part of the input.
+
+    Arguments:
+        x_dim: The width D of a data vector.
+        u_dim: The width E of the condition; 0 for an unconditional network.
+        width: The width of the hidden layers.
+        depth: The number of residual blocks.
+    """
+
+    def __init__(self, x_dim: int, u_dim: int = 0, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.x_dim, self.u_dim = x_dim, u_dim
+        self.level = LevelEmbedding(32)
+        self.input = nn.Linear(x_dim + u_dim + 32, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            )
+            for _ in range(depth)
+        )
+        self.output = nn.Linear(width, x_dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+        r"""The network's output, with the shape of x.
+
+        Arguments:
+            x: A scaled noisy vector, with shape (B, D).
+            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
+            u: The condition, with shape (B, L, E); its tokens are averaged. `None` where u_dim is
+                0.
+        """
+        parts = [x, self.level(level)] if u is None else [x, pool(u), self.level(level)]
+        h = self.input(torch.cat(parts, dim=-1))  # (B, width)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.output(nn.functional.silu(h))

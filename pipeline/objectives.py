@@ -1,0 +1,161 @@
+r"""Objectives: what is minimised, as one number per example.
+
+The lecture's equation (4), denoising score matching, asks a score to undo noise of one level:
+
+.. math:: J = \sum \| x - [\tilde x + \sigma^2 \phi(\tilde x)] \|^2, \quad \tilde x = x + \sigma n
+
+The bracket is the denoiser D. `DSM` is that sum over a law of levels, each in its own unit.
+
+References:
+    | A Connection Between Score Matching and Denoising Autoencoders (Vincent, 2011)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.denoisers import Preconditioned
+from pipeline.noise import Noise
+from pipeline.schedules import Schedule, expand_as_batch
+
+__all__ = ["DSM", "Levels", "LogNormal", "Objective", "UniformTime"]
+
+
+class Levels(ABC):
+    """A law of noise levels, through its quantiles, so that a batch can cover it evenly."""
+
+    @abstractmethod
+    def times(self, schedule: Schedule, q: Tensor) -> Tensor:
+        """The time at each quantile: q uniform in [0, 1) gives times with this law. Shape of q."""
+
+
+class UniformTime(Levels):
+    """Times uniform in [0, 1]: the law of DDPM."""
+
+    def times(self, schedule: Schedule, q: Tensor) -> Tensor:
+        return q
+
+
+class LogNormal(Levels):
+    r"""A mixture, in equal parts, of normal laws on the level :math:`\log \sigma_t / \alpha_t`.
+
+    It does not depend on the schedule. One part with mean −1.2 and standard deviation 1.2 is EDM's
+    law; a logit-normal time on the straight path is this law too, since the logit of :math:`\sigma
+    / (\alpha + \sigma)` is the level.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models
+        |   (Karras et al., 2022), table 1
+        | https://arxiv.org/abs/2206.00364
+        | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis
+        |   (Esser et al., 2024), section 3.1
+        | https://arxiv.org/abs/2403.03206
+
+    Arguments:
+        means: The mean of each part.
+        stds: The standard deviation of each part, positive.
+    """
+
+    def __init__(self, means: Sequence[float] = (-1.2,), stds: Sequence[float] = (1.2,)) -> None:
+        if not means or len(means) != len(stds) or min(stds) <= 0:
+            raise ValueError(
+                f"means = {list(means)} and stds = {list(stds)} must be equally long, and "
+                f"each std positive."
+            )
+        self.means, self.stds = tuple(means), tuple(stds)
+
+    def times(self, schedule: Schedule, q: Tensor) -> Tensor:
+        parts = len(self.means)
+        part = (q * parts).floor().clamp(max=parts - 1)
+        within = (q * parts - part).clamp(
+            2**-24, 1 - 2**-24
+        )  # a quantile of exactly 0 is at minus infinity
+        mean, std = (q.new_tensor(v)[part.long()] for v in (self.means, self.stds))
+        return schedule.time(torch.exp(mean + std * torch.special.ndtri(within)))
+
+
+class Objective(ABC):
+    """What is minimised. `bands` names the groups into which a validation loss is divided."""
+
+    bands: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(
+        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+    ) -> Tensor:
+        """The loss of each example, with shape (B,).
+
+        Arguments:
+            denoiser: The denoiser that is trained.
+            x: Clean data, with shape :math:`(B, *)`.
+            u: The condition, with shape (B, L, E), or `None`.
+            noise: Where the levels and the noise come from.
+        """
+
+    def validate(
+        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each example and the index of its band, each with shape (B,)."""
+        loss = self(denoiser, x, u, noise)
+        return loss, torch.zeros_like(loss, dtype=torch.long)
+
+
+class DSM(Objective):
+    r"""Denoising score matching over many noise levels.
+
+    .. math:: w(t) \, \frac{1}{d} \| D(\alpha_t x + \sigma_t n, t, u) - x \|^2, \quad
+        t \sim \text{levels}, \quad d = \dim x
+
+    The weight w is the denoiser's own, which puts the error in units of the network's output.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models
+        |   (Karras et al., 2022), equation (8)
+        | https://arxiv.org/abs/2206.00364
+
+    Arguments:
+        levels: The law of the noise levels.
+        bands: The number of equally likely bands of levels, low noise first, into which the
+            validation loss is divided.
+    """
+
+    def __init__(self, levels: Levels, bands: int = 4) -> None:
+        if bands < 1:
+            raise ValueError(f"bands = {bands} must be at least 1.")
+        self.levels = levels
+        self.bands = tuple(f"band_{k}" for k in range(bands))
+
+    def __call__(
+        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+    ) -> Tensor:
+        q = noise.spread(len(x)).to(x.device, x.dtype)
+        return self._loss(denoiser, x, u, self.levels.times(denoiser.schedule, q), noise)
+
+    def validate(
+        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        q = noise.spread(len(x)).to(x.device, x.dtype)
+        t = self.levels.times(denoiser.schedule, q)
+        return self._loss(denoiser, x, u, t, noise), self._band(denoiser.schedule, t)
+
+    def _loss(
+        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, t: Tensor, noise: Noise
+    ) -> Tensor:
+        alpha_t, sigma_t = (expand_as_batch(s, x) for s in denoiser.schedule(t))
+        x_t = alpha_t * x + sigma_t * noise.normal(x)
+        error = denoiser(x_t, t, u) - x
+        return denoiser.weight(t) * error.square().flatten(1).mean(dim=1)
+
+    def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The band of each time: bands are cut at quantiles of the level, whatever the order of a
+        mixture's parts.
+        """
+        grid = self.levels.times(
+            schedule, torch.linspace(0, 1, 1025, device=t.device, dtype=t.dtype)[:-1]
+        )
+        edges = torch.quantile(
+            grid, torch.linspace(0, 1, len(self.bands) + 1, dtype=t.dtype, device=t.device)
+        )
+        return torch.bucketize(t, edges[1:-1])

@@ -1,0 +1,84 @@
+"""Tiny random text encoders with trained tokenizers, saved as real ones are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["KINDS", "tiny_encoder"]
+
+LINES = ["a red circle", "a blue square at the left", "two green triangles and a yellow star"]
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2}
+
+
+def _bert() -> tuple[Any, Any]:
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    tokenizer = BertTokenizer().train_new_from_iterator(LINES, 200)
+    config = BertConfig(
+        **SIZE, **HEADS, vocab_size=len(tokenizer), max_position_embeddings=24, pad_token_id=0
+    )
+    return BertModel(config), tokenizer
+
+
+def _clip_parts() -> tuple[dict[str, Any], Any]:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer(model_max_length=12).train_new_from_iterator(LINES, 300)
+    tokenizer.model_max_length = 12
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+        for name in ("bos", "eos", "pad")
+    }
+    text = {**SIZE, **HEADS, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    return text, tokenizer
+
+
+def _clip_text() -> tuple[Any, Any]:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text, tokenizer = _clip_parts()
+    return CLIPTextModel(CLIPTextConfig(**text)), tokenizer
+
+
+def _clip() -> tuple[Any, Any]:
+    from transformers import CLIPConfig, CLIPModel
+
+    text, tokenizer = _clip_parts()
+    vision = {**SIZE, **HEADS, "image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision)), tokenizer
+
+
+def _t5() -> tuple[Any, Any]:
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer().train_new_from_iterator(LINES, 100)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+KINDS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "bert": _bert,
+    "clip_text": _clip_text,
+    "clip": _clip,
+    "t5": _t5,
+}
+
+
+def tiny_encoder(kind: str, folder: Path) -> Path:
+    """Saves a random encoder of 16-d tokens (kinds: `KINDS`) and its tokenizer into `folder`.
+
+    "bert" reads 24 tokens, "clip_text" and "clip" 12, "t5" has no limit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, tokenizer = KINDS[kind]()
+        for parameter in model.parameters():  # the published initial values are too alike
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)

