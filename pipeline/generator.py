@@ -157,7 +157,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as a checkpoint; it may be cut short or another kind of file."
         ) from error
-    if not isinstance(checkpoint, dict) or not checkpoint.get("pipeline"):
+    if not isinstance(checkpoint, dict) or "denoiser" not in checkpoint.get("pipeline", {}):
         raise UserError(
             f"{path} does not say how to build its model, so it was not written by `python -m "
             f"pipeline fit`; "

@@ -47,7 +47,7 @@ def loggers(run: Path, project: str, config: dict[str, Any]) -> list[Logger]:
 
 
 def _logged_in() -> bool:
-    """Whether there is a key for the W&B server, in the environment or where `wandb login` puts it."""
+    """Whether there is a key for the W&B server: in the environment, or put by `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

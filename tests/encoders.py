@@ -9,8 +9,8 @@ import torch
 __all__ = ["KINDS", "tiny_encoder"]
 
 LINES = ["a red circle", "a blue square at the left", "two green triangles and a yellow star"]
-SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2}
+SIZE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 2}
 
 
 def _bert() -> tuple[Any, Any]:
@@ -26,12 +26,10 @@ def _bert() -> tuple[Any, Any]:
 def _clip_parts() -> tuple[dict[str, Any], Any]:
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer(model_max_length=12).train_new_from_iterator(LINES, 300)
+    tokenizer = CLIPTokenizer().train_new_from_iterator(LINES, 300)
     tokenizer.model_max_length = 12
-    ids = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-        for name in ("bos", "eos", "pad")
-    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     text = {**SIZE, **HEADS, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
     return text, tokenizer
 

@@ -1,6 +1,5 @@
 """Pictures drawn while a model trains."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -19,17 +18,27 @@ class SampleSheet(pl.Callback):
     Each sheet is written into the run's folder, as `sheets/step-000500.png`, and given to every
     logger that takes pictures.
 
+    Data that are not pictures have no sheet.
+
     Arguments:
-        prompts: What to draw.
+        prompts: What to draw; `None` for distinct values of the validation data, evenly spaced.
+        number: How many, where `prompts` is `None`.
         columns: The number of pictures in a row of the sheet.
     """
 
-    def __init__(self, prompts: Sequence[str], columns: int = 4) -> None:
-        if not prompts:
-            raise ValueError(
-                "prompts is empty: name what the sheet shall show, or leave the callback out."
-            )
-        self.prompts, self.columns = list(prompts), columns
+    def __init__(
+        self, prompts: list[str] | None = None, number: int = 16, columns: int = 8
+    ) -> None:
+        if prompts is not None and not prompts:
+            raise ValueError("prompts is empty: name what the sheet shall show, or leave it out.")
+        self.prompts, self.number, self.columns = prompts, number, columns
+
+    def setup(self, trainer: pl.Trainer, pl_module: ScoreModule, stage: str) -> None:
+        """Choose the prompts; a checkpoint names them, to be drawn when none other are given."""
+        if self.prompts is None:
+            distinct = list(dict.fromkeys(trainer.datamodule.rows("val").values or [""]))  # type: ignore[attr-defined]
+            self.prompts = distinct[:: max(len(distinct) // self.number, 1)][: self.number]
+        pl_module.description["prompts"] = self.prompts
 
     def on_validation_batch_end(
         self,
@@ -41,9 +50,10 @@ class SampleSheet(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # not on_validation_epoch_end, where the averaged weights may be gone already
-        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking:
-            return
         data = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = self.prompts or []
+        if batch_idx or not trainer.is_global_zero or len(data.shape) != 3:
+            return
         generator = Generator(
             pl_module.denoiser,
             data.conditioning,
@@ -51,8 +61,8 @@ class SampleSheet(pl.Callback):
             pl_module.sampler,
             pl_module.guidance,
         )
-        x = torch.cat(list(generator(self.prompts, range(len(self.prompts)))))
-        sheet = contact_sheet(to_uint8(x), self.prompts, self.columns)
+        x = torch.cat(list(generator(prompts, range(len(prompts)))))
+        sheet = contact_sheet(to_uint8(x), list(map(str, prompts)), self.columns)
         folder = Path(trainer.default_root_dir) / "sheets"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{trainer.global_step:06d}.png")

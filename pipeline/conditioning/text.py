@@ -11,7 +11,8 @@ share the call. Two things would make it depend on them, and neither is done her
   the network has exactly `ROWS` rows, the last call of a group being filled up with copies.
 
 The u of a prompt is then bit for bit the same alone and in any company, on one machine with one
-number of threads; elsewhere to about 1e-5 (float32; TF32, where a GPU is told to use it, 1e-3).
+number of threads (so measured on CPUs); elsewhere to about 1e-5, more where a GPU is told to use
+TF32.
 
 Nothing is loaded before it is needed: making a `TextEncoder` reads no file. Weights are read from
 safetensors files only, and code that comes with a model is never run.
@@ -233,6 +234,10 @@ def _check_strings(prompts: Sequence[str]) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise UserError(f"Prompt {i} is {prompt!r}, but a prompt must be a string.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # half a character, as a terminal may hand over
+            raise UserError(f"Prompt {i}, {prompt!r}, is not valid Unicode text.") from error
 
 
 def _shortened(prompt: str, most: int = 60) -> str:

@@ -348,7 +348,7 @@ class DataModule(L.LightningDataModule):
         return self._table is None or self._table.nbytes <= self.table_gib * 2**30
 
     def conditions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The table (None if the loader gathers) and the null condition, moved to a device once."""
+        """The table (None if the loader gathers) and the null condition, moved there once."""
         if self.conditioning is None:
             return None, None
         if device not in self._on_device:

@@ -89,8 +89,9 @@ class Hub(Pictures):
             raise
         except Exception as error:  # datasets raises whatever its readers do
             reason = " ".join(str(error).split())[:200]
+            where = "" if is_here(self.path) else "is no file or folder here and "
             raise UserError(
-                f"data.path {self.path!r} cannot be loaded as a data set: {reason}."
+                f"data.path {self.path!r} {where}cannot be loaded as a data set: {reason}."
             ) from error
         finally:
             enable_progress_bars()
@@ -105,7 +106,7 @@ class Hub(Pictures):
                 f"data.path {self.path!r} has no split {name!r}; it has {listed(self.everything)}."
             )
         rows = self.everything[name]
-        if split in ("train", "val") and self.val_split is None:
+        if self.divides(split):
             rows = rows.select(held_out(len(rows))[split])
         if len(rows) == 0:
             raise UserError(
@@ -113,6 +114,15 @@ class Hub(Pictures):
             )
         self.check_image(rows)
         return rows.cast_column(self.image, Image(decode=False))
+
+    def divides(self, split: str) -> bool:
+        """Whether a split is part of one that has a name."""
+        return split in ("train", "val") and self.val_split is None
+
+    def row_number(self, split: str, row: int) -> int:
+        if not self.divides(split):
+            return row
+        return int(held_out(len(self.everything[self.split]))[split][row])
 
     def check_image(self, rows: "datasets.Dataset") -> None:
         from datasets import Image, Value
@@ -148,31 +158,23 @@ class Hub(Pictures):
         rows = self.dataset(split)
         kind = self.feature(rows, self.caption, "caption")
         column = rows.select_columns([self.caption])[:][self.caption]
-        return self.names(kind, column) if hasattr(kind, "int2str") else self.texts(kind, column)
-
-    def names(self, kind: "datasets.ClassLabel", column: list[int | None]) -> list[str]:
-        empty = [row for row, label in enumerate(column) if label is None or label < 0]
-        self.check_full(empty, len(column), "class")
-        return kind.int2str(column)  # type: ignore[return-value]
-
-    def texts(self, kind: Any, column: list[str | None]) -> list[str]:
+        if hasattr(kind, "int2str"):
+            self.check_full(split, [label is None or label < 0 for label in column], "class")
+            return kind.int2str(column)
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
             raise UserError(
                 f"Column {self.caption!r} holds {kind}; a caption column holds strings or class "
                 "labels."
             )
-        self.check_full(
-            [row for row, text in enumerate(column) if not (text or "").strip()],
-            len(column),
-            "caption",
-        )
-        return column  # type: ignore[return-value]
+        self.check_full(split, [not (text or "").strip() for text in column], "caption")
+        return column
 
-    def check_full(self, empty: list[int], rows: int, what: str) -> None:
-        if empty:
+    def check_full(self, split: str, empty: list[bool], what: str) -> None:
+        if any(empty):
             raise UserError(
-                f"{len(empty)} of {rows} rows have no {what} in column {self.caption!r}, the first "
-                f"is row {empty[0]}; fill or remove them."
+                f"{sum(empty)} of {len(empty)} rows have no {what} in column {self.caption!r}, "
+                f"the first is row {self.row_number(split, empty.index(True))}; fill or remove "
+                "them."
             )
 
 
@@ -202,6 +204,10 @@ def locate(path: str | list[str]) -> dict[str, Any]:
 
 def fail() -> dict[str, Any]:
     raise UserError("data.path is empty; give a name on the Hub, a folder, or parquet files.")
+
+
+def is_here(path: str | list[str]) -> bool:
+    return not isinstance(path, str) or Path(path).expanduser().exists() or looks_local(path)
 
 
 def looks_local(path: str) -> bool:

@@ -265,7 +265,7 @@ class Relations(Shapes):
         )
 
     def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
-        """Seen and unseen: of what may stand right of an object, or below it, a fifth is held out."""
+        """Seen and unseen: of what may stand right of an object, or below, a fifth is held out."""
         objects = [Attributes(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
         objects = [objects[i] for i in generator.permutation(len(objects))]
         seen, unseen = [], []

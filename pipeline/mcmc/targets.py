@@ -48,11 +48,13 @@ class GaussianMixture(Target):
         stds: Tensor | Sequence[float],
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
-        self.means = torch.as_tensor(means)
-        self.stds = torch.as_tensor(stds).to(self.means)
+        means = torch.as_tensor(means)
+        self.means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
+        kind = {"dtype": self.means.dtype, "device": self.means.device}
+        self.stds = torch.as_tensor(stds, **kind)
         if weights is None:
             weights = torch.full_like(self.stds, 1 / self.stds.shape[-1])
-        self.weights = torch.as_tensor(weights).to(self.means)
+        self.weights = torch.as_tensor(weights, **kind)
         if self.means.shape[:-1] != self.stds.shape or (self.stds <= 0).any():
             raise ValueError(
                 f"means {tuple(self.means.shape)} need one positive standard deviation each, "

@@ -83,7 +83,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = max(width // head_width, 1)
         self.norm = nn.GroupNorm(1, width)
-        self.norm_u = nn.LayerNorm(u_dim)
+        # not LayerNorm, which takes (1, v) to its sign: it forgets mean and scale, this the scale
+        self.norm_u = nn.RMSNorm(u_dim, eps=1e-6)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(u_dim, 2 * width)
         self.out = nn.Linear(

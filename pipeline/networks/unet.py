@@ -113,7 +113,7 @@ class UNet(nn.Module):
 
         self.level = LevelEmbedding(dim)
         self.modulate = (
-            nn.Sequential(nn.LayerNorm(u_dim), nn.Linear(u_dim, dim))
+            nn.Sequential(nn.RMSNorm(u_dim, eps=1e-6), nn.Linear(u_dim, dim))
             if u_dim and modulate
             else None
         )

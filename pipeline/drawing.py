@@ -1,0 +1,217 @@
+"""`generate` and `evaluate`: from a checkpoint to files."""
+
+import csv
+import json
+import shlex
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.errors import UserError
+from pipeline.evaluation.adherence import shapes_adherence
+from pipeline.generator import Generator, build, read_checkpoint
+from pipeline.guidance import ClassifierFree
+from pipeline.png import contact_sheet, save, to_uint8
+
+__all__ = ["evaluate", "generate"]
+
+
+def generate(args: Namespace) -> int:
+    """Draw, and write down what is drawn as it comes: what is finished is kept at Ctrl-C."""
+    prompts = read_prompts(args)
+    generator, about, settings = load(args)
+    prompts = prompts or about["prompts"]
+    if not prompts:
+        raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
+    out = make_folder(args.out)
+    values = [prompt for prompt in prompts for _ in range(args.number)]
+    seeds = [args.seed + k for _ in prompts for k in range(args.number)]
+    about_each = [{"prompt": str(v), "seed": s} for v, s in zip(values, seeds, strict=True)]
+    write = write_pictures if len(generator.shape) == 3 else write_vectors
+    done: list[Tensor] = []
+    try:
+        with bar(generator, len(values), args) as progress:
+            for x in generator(values, seeds, args.micro_batch, progress.update):
+                write(x, len(done), out, about_each, settings)
+                done += x.cpu()
+    finally:
+        if done:
+            finish(done, out, about_each, settings, columns=max(args.number, 4))
+    return 0
+
+
+def write_pictures(
+    x: Tensor, first: int, out: Path, about_each: list[dict[str, Any]], settings: dict[str, Any]
+) -> None:
+    """One PNG for each picture, with how it was made in its text fields."""
+    for i, picture in enumerate(to_uint8(x), start=first):
+        about = about_each[i]
+        text = {"Title": about["prompt"], "Settings": json.dumps(about | settings)}
+        save(picture, out / f"{i:05d}.png", text)
+        about["file"] = f"{i:05d}.png"
+
+
+def write_vectors(
+    x: Tensor, first: int, out: Path, about_each: list[dict[str, Any]], settings: dict[str, Any]
+) -> None:
+    """One line of `samples.csv` for each vector: its prompt, its seed, its numbers."""
+    with (out / "samples.csv").open("a", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        if not first:
+            lines.writerow(["prompt", "seed", *(f"x_{k}" for k in range(x.shape[1]))])
+        for about, row in zip(about_each[first:], x.tolist(), strict=False):
+            lines.writerow([about["prompt"], about["seed"], *row])
+
+
+def finish(
+    done: list[Tensor],
+    out: Path,
+    about_each: list[dict[str, Any]],
+    settings: dict[str, Any],
+    columns: int,
+) -> None:
+    """The manifest, and a contact sheet of the first 256 pictures."""
+    manifest = settings | {"samples": about_each[: len(done)]}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (out / "manifest.json").write_text(text, encoding="utf-8")
+    if done[0].ndim == 3:
+        captions = [about["prompt"] for about in about_each[: min(len(done), 256)]]
+        sheet = contact_sheet(to_uint8(torch.stack(done[:256])), captions, columns)
+        sheet.save(out / "sheet.png")
+        print(f"{len(done)} pictures, sheet.png and manifest.json are in {out}")
+    else:
+        print(f"{len(done)} vectors are in {out / 'samples.csv'}, manifest.json beside it")
+
+
+def evaluate(args: Namespace) -> int:
+    """Attribute accuracy on unseen combinations of the built-in shapes."""
+    generator, about, settings = load(args)
+    data = build(about["data"], args.trust)
+    with bar(generator, args.number, args) as progress:
+        result, pictures, prompts = shapes_adherence(
+            generator, data, args.number, args.seed, args.micro_batch, progress.update
+        )
+    print(f"{args.number} pictures of unseen combinations")
+    for name, value in result["accuracy"].items():
+        shuffled, chance = result["shuffled"][name], result["chance"][name]
+        print(f"{name:>10} {value:.3f}   prompts shuffled {shuffled:.3f}   chance {chance:.3f}")
+    if args.out:
+        file = Path(args.out)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result | settings, indent=2))
+        contact_sheet(pictures[:64], prompts[:64]).save(file.with_suffix(".png"))
+    return 0
+
+
+def load(args: Namespace) -> tuple[Generator, dict[str, Any], dict[str, Any]]:
+    """The generator of a checkpoint with sampler and guidance as the command line says.
+
+    Beside it, what the checkpoint says about itself, and the settings that decide what is drawn.
+    """
+    if args.number < 1 or args.micro_batch < 1:
+        raise UserError(
+            f"--number {args.number} and --micro-batch {args.micro_batch} must be at least 1."
+        )
+    path = Path(args.checkpoint) if args.checkpoint else newest()
+    path = path / "last.ckpt" if path.is_dir() else path
+    about = read_checkpoint(path)["pipeline"]
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        generator = Generator.from_checkpoint(path, torch.device(device), args.trust)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be loaded on --device {device}: {reason}") from error
+    node = read_yaml(args.sampler) if args.sampler else about["sampler"]
+    if args.steps is not None:
+        node = {**node, "init_args": {**(node.get("init_args") or {}), "steps": args.steps}}
+    generator.sampler = build(node, args.trust)
+    if args.scale is not None:
+        generator.guidance = ClassifierFree(args.scale)
+    settings = {
+        "checkpoint": str(path),
+        "sampler": told(generator.sampler),
+        "guidance": told(generator.guidance),
+        "shape": list(generator.shape),
+        "micro_batch": args.micro_batch,
+        "device": device,
+        "command": shlex.join(["python", "-m", "pipeline", *sys.argv[1:]]),
+    }
+    return generator, about, settings
+
+
+def told(part: object) -> dict[str, Any] | None:
+    return part and {"class": type(part).__name__, **vars(part)}
+
+
+def bar(generator: Generator, number: int, args: Namespace) -> tqdm:
+    steps = -(-number // args.micro_batch) * generator.sampler.steps
+    return tqdm(total=steps, desc="Drawing", unit="step", mininterval=0.5)
+
+
+def newest() -> Path:
+    """The newest checkpoint in runs/."""
+    found = sorted(Path("runs").glob("*/*/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(
+            "There is no trained model in runs/: `make train` makes one, or name --checkpoint FILE."
+        )
+    return found[-1]
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    if not Path(file).is_file():
+        raise UserError(f"--sampler {file}: there is no such file; conf/sampler/ has some.")
+    node = yaml.safe_load(Path(file).read_text())
+    if not isinstance(node, dict) or "class_path" not in node:
+        raise UserError(f"--sampler {file} names no class_path; see those in conf/sampler/.")
+    return node
+
+
+def read_prompts(args: Namespace) -> list[str]:
+    """The prompts asked for; an empty list leaves the choice to the run."""
+    prompts = list(args.prompts)
+    if args.file:
+        if args.file != "-" and not Path(args.file).is_file():
+            raise UserError(
+                f"--prompts {args.file}: there is no such file; give a text file with a prompt "
+                "per line, or - for standard input."
+            )
+        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8")
+        read = [line.strip() for line in text.splitlines() if line.strip()]
+        if not read:
+            raise UserError(f"--prompts {args.file} holds no prompt; write one per line.")
+        prompts += read
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(
+                f"Prompt {i + 1} is empty; say what to draw, or use --scale 0 for pictures that "
+                "ignore the prompt."
+            )
+    return prompts
+
+
+def make_folder(out: str | None) -> Path:
+    """A folder that can be written to and holds no earlier pictures."""
+    folder = Path(out) if out else Path("outputs") / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write").touch()
+        (folder / ".write").unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out {folder} cannot be written to: {error.strerror}; name another folder."
+        ) from error
+    if any(folder.glob("*.png")) or any(folder.glob("samples.csv")):
+        raise UserError(
+            f"--out {folder} holds samples already; name another folder, so that none is lost."
+        )
+    return folder

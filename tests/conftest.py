@@ -1,0 +1,18 @@
+"""What several test files share."""
+
+import pytest
+import torch
+
+from pipeline.mcmc.targets import GaussianMixture
+
+torch.set_num_threads(1)  # the tensors here are small: more threads only wait for each other
+
+
+@pytest.fixture
+def mixture() -> GaussianMixture:
+    """Three classes in the plane, of unequal weight and width, some of them near each other."""
+    return GaussianMixture(
+        torch.tensor([[-0.7, -0.3], [0.6, -0.4], [0.1, 0.8]], dtype=torch.float64),
+        [0.15, 0.25, 0.1],
+        [0.5, 0.3, 0.2],
+    )

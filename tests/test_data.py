@@ -1,0 +1,542 @@
+"""Rows, order and pictures of the data modules."""
+
+import io
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Pillow
+from torch import Tensor
+
+from pipeline.conditioning import Classes
+from pipeline.conditioning.base import Conditioning
+from pipeline.data import Batch, DataModule, Hub, Points, Relations, Shapes, pictures
+from pipeline.data.base import Order, Pass, Rows, Source
+from pipeline.errors import UserError
+from pipeline.mcmc.targets import GaussianMixture
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(), reason=f"the example data are not at {SHARED}"
+)
+
+
+class Lengths(Conditioning):
+    """A stand-in for a text encoder: one token, the length of the text and 1."""
+
+    dim = 2  # type: ignore[assignment]
+
+    def embed(self, values: list) -> Tensor:
+        return torch.tensor([[[float(len(str(value))), 1.0]] for value in values])
+
+    def null(self) -> Tensor:
+        return torch.zeros(1, 1, 2)
+
+    def fingerprint(self) -> str:
+        return "lengths"
+
+
+class Numbers(DataModule):
+    """Row i is the uint8 picture filled with i; its value is i."""
+
+    def __init__(self, rows: int = 10, conditioning: Conditioning | None = None, **kwargs) -> None:  # noqa: ANN003
+        super().__init__(conditioning, **kwargs)
+        self.count = rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, 2, 2)
+
+    def source(self, split: str) -> Source:
+        x = np.arange(self.count, dtype=np.uint8)[:, None, None, None]
+        return Source(np.broadcast_to(x, (self.count, 1, 2, 2)).copy(), list(range(self.count)))
+
+
+class Recorder(L.LightningModule):
+    """Remembers the rows of every training batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[float]] = []
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        self.seen.append(((batch.x[:, 0, 0, 0] + 1) * 127.5).round().tolist())
+        return self.weight**2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def take(order: Order, count: int) -> np.ndarray:
+    return np.concatenate([draw.rows for draw, _ in zip(order, range(count), strict=False)])
+
+
+# --- order ---
+
+
+@pytest.mark.parametrize("rows", [3, 7, 8, 100])
+def test_order_shows_every_row_equally(rows: int) -> None:
+    stream = take(Order(rows, 8, seed=1), rows)  # 8 epochs
+    assert set(Counter(stream.tolist()).values()) == {8}
+    epochs = stream.reshape(8, rows)
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+
+
+def test_order_depends_on_seed_and_batches_seen_only() -> None:
+    whole = [draw.rows for draw, _ in zip(Order(11, 4, seed=3), range(20), strict=False)]
+    resumed = next(iter(Order(11, 4, seed=3, start=lambda: 13)))
+    assert (resumed.rows == whole[13]).all()
+    assert (take(Order(11, 4, seed=4), 20) != np.concatenate(whole)).any()
+
+
+def test_start_is_asked_when_the_first_batch_is_wanted() -> None:
+    seen = [0]
+    iterator = iter(Order(50, 4, start=lambda: seen[0]))
+    seen[0] = 5
+    assert (next(iterator).rows == Order(50, 4).draw(5).rows).all()
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+def test_two_ranks_share_the_batches_of_one(rows: int) -> None:
+    one, *two = (
+        Order(rows, 8, flip=True),
+        *(Order(rows, 8, rank=r, world=2, flip=True) for r in (0, 1)),
+    )
+    for batch in range(9):
+        shares = [order.draw(batch) for order in two]
+        for whole, left, right in zip(one.draw(batch), *shares, strict=True):
+            assert (whole == np.concatenate([left, right])).all()
+
+
+def test_flips_are_half_and_belong_to_the_order() -> None:
+    flips = np.concatenate([Order(1000, 100, flip=True).draw(b).flip for b in range(20)])
+    assert 0.45 < flips.mean() < 0.55
+    assert not Order(1000, 100).draw(0).flip.any()
+
+
+@pytest.mark.parametrize(("rows", "world"), [(10, 1), (10, 2), (3, 4), (8, 2)])
+def test_a_pass_weighs_every_row_once(rows: int, world: int) -> None:
+    passes = [Pass(rows, 4, rank, world) for rank in range(world)]
+    assert len({len(list(one)) for one in passes}) == 1
+    counted = Counter(
+        row for one in passes for draw in one for row in draw.rows[draw.weight > 0].tolist()
+    )
+    assert counted == Counter(range(rows))
+    assert all(len(draw.rows) == 4 // world for one in passes for draw in one)
+
+
+# --- batches ---
+
+
+def test_batch_is_exact(tmp_path: Path) -> None:
+    data = Numbers(256, Lengths(), batch_size=256, cache_dir=str(tmp_path))
+    data.prepare_data()
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    assert isinstance(batch, Batch) and batch.x.dtype == torch.float32
+    assert torch.equal(batch.x[:, 0, 0, 0], torch.arange(256) / 127.5 - 1)
+    assert batch.x.min() == -1 and batch.x.max() == 1
+    assert torch.equal(batch.u, Lengths().embed(list(range(256))))
+    assert batch.u_null.shape == (1, 1, 2) and batch.weight.sum() == 256
+
+
+def test_a_large_table_is_gathered_by_the_loader(tmp_path: Path) -> None:
+    batches = []
+    for gib in (1.0, 0.0):
+        data = Numbers(9, Lengths(), batch_size=4, cache_dir=str(tmp_path), table_gib=gib)
+        data.setup()
+        raw = next(iter(data.train_dataloader()))
+        assert raw.u.ndim == (1 if gib else 3)
+        batches.append(data.on_after_batch_transfer(raw, 0))
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_flip_mirrors_the_chosen_rows(tmp_path: Path) -> None:
+    data = Numbers(8, batch_size=8, cache_dir=str(tmp_path))
+    data._rows["train"] = Source(np.tile(np.array([0, 255], np.uint8), (8, 1, 2, 1)), None)
+    data.flip = True
+    data.setup()
+    raw = next(iter(data.train_dataloader()))
+    x = data.on_after_batch_transfer(raw, 0).x
+    assert raw.flip.any() and not raw.flip.all()
+    assert torch.equal(x[:, 0, 0, 0] == 1, raw.flip)
+
+
+def test_unconditional_batches_have_no_condition(tmp_path: Path) -> None:
+    data = Numbers(batch_size=4, cache_dir=str(tmp_path))
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert batch.u is None and batch.u_null is None
+
+
+def test_rows_travel_as_their_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(100000).reshape(-1, 1))
+    rows = Rows(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    told = pickle.dumps(rows)
+    assert len(told) < 1000
+    draw = Order(100000, 5).draw(2)
+    assert torch.equal(pickle.loads(told).__getitems__(draw).x, rows.__getitems__(draw).x)
+
+
+def fit(data: DataModule, steps: int, folder: Path, checkpoint: str | None = None) -> Recorder:
+    saver = L.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[saver],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    module = Recorder()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    return module
+
+
+@pytest.mark.parametrize(("rows", "workers"), [(14, 0), (3, 0), (14, 1)])
+def test_a_resumed_run_sees_what_it_would_have_seen(
+    rows: int, workers: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def data() -> Numbers:
+        return Numbers(rows, batch_size=4, workers=workers, cache_dir=str(tmp_path))
+
+    whole = fit(data(), 13, tmp_path / "whole").seen
+    resumed = fit(data(), 13, tmp_path / "again", str(tmp_path / "whole" / "step=5.ckpt")).seen
+    assert len(whole) == 13 and resumed == whole[5:]
+    assert whole == [Order(rows, 4).draw(b).rows.tolist() for b in range(13)]
+    assert not any("not resumable" in str(warning.message) for warning in recwarn)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainer:
+        distributed_sampler_kwargs = {"rank": 1, "num_replicas": 3}
+
+    data = Numbers(batch_size=4)
+    data.trainer = Trainer()  # type: ignore[assignment]
+    with pytest.raises(UserError, match="4.*3 devices.*multiple of 3"):
+        data.place()
+
+
+# --- shapes ---
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    one, other = (Shapes(None, 2, cache_dir=str(tmp_path / name)) for name in "ab")
+    x, y = one.rows("train"), other.rows("train")
+    assert x.x.tobytes() == y.x.tobytes() and x.values == y.values
+    different = Shapes(None, 2, seed=1, cache_dir=str(tmp_path / "a")).rows("train")
+    assert different.x.shape == x.x.shape and different.x.tobytes() != x.x.tobytes()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unseen_shapes_are_a_balanced_fifth(seed: int) -> None:
+    data = Shapes(None, 2, seed=seed)
+    seen, unseen = data.combinations("train"), data.combinations("unseen")
+    assert (len(seen), len(unseen)) == (192, 48) and not set(seen) & set(unseen)
+    assert data.combinations("val") == seen
+    for field, count in (("colour", 8), ("shape", 12), ("size", 24)):
+        assert set(Counter(getattr(one, field) for one in unseen).values()) == {count}
+    assert set(Counter((one.colour, one.shape) for one in unseen).values()) == {2}
+    assert all(7 <= count <= 12 for count in Counter(one.position for one in unseen).values())
+    assert not set(data.values("train")) & set(data.captions("unseen"))
+
+
+def test_some_training_captions_leave_attributes_out() -> None:
+    data = Shapes(None, 32)
+    captions = data.values("train")
+    without = np.mean(["at the" not in one for one in captions])
+    unsized = np.mean([not {"small", "large"} & set(one.split()) for one in captions])
+    assert abs(without - 0.15) < 0.02 and abs(unsized - 0.10) < 0.02
+    assert all("at the" in one for split in ("val", "unseen") for one in data.values(split))
+    assert set(data.values("val")) == set(data.captions("val"))
+
+
+def test_mirrored_relations_are_held_out_together() -> None:
+    data = Relations(None)
+    seen, unseen = data.combinations("train"), data.combinations("unseen")
+    mirror = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    assert len(seen) + len(unseen) == 24 * 23 * 4 and 0.19 < len(unseen) / 2208 < 0.21
+    assert {pair._replace(first=pair.second, relation=mirror[pair.relation], second=pair.first)
+            for pair in unseen} == set(unseen)  # fmt: skip
+    assert {pair.first for pair in seen} == {pair.second for pair in seen}
+    assert len({pair.first for pair in seen}) == 24
+
+
+def test_relations_draw_what_they_say(tmp_path: Path) -> None:
+    data = Relations(None, 1, cache_dir=str(tmp_path))
+    x, captions = data.rows("unseen")
+    i = next(i for i, c in enumerate(captions) if c.startswith("a red") and "left of a blue" in c)
+    left, right = x[i, :, :, :16].astype(int), x[i, :, :, 16:].astype(int)
+    assert (left[0] - left[2]).sum() > 1000 and (right[2] - right[0]).sum() > 1000
+
+
+def test_shapes_columns(tmp_path: Path) -> None:
+    rows = Shapes(None, 1, cache_dir=str(tmp_path)).dataset("unseen")
+    assert set(rows.column_names) == {"image", "caption", "colour", "shape", "size", "position"}
+    assert isinstance(rows[0]["image"]["bytes"], bytes)
+    assert len(Relations(None, 1).dataset("unseen").column_names) == 7
+
+
+def test_shapes_refuse_other_splits() -> None:
+    with pytest.raises(UserError, match="'test'.*'train', 'val' and 'unseen'"):
+        Shapes(None).rows("test")
+
+
+# --- decoding and its cache ---
+
+
+def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path / "photos", 12)
+    Hub(path, None, size=8, cache_dir=str(tmp_path / "cache")).setup()
+    calls = []
+    decode = pictures.decode
+    monkeypatch.setattr(pictures, "decode", lambda *args: calls.append(1) or decode(*args))
+    Hub(path, None, size=8, cache_dir=str(tmp_path / "cache")).setup()
+    assert not calls
+    Hub(path, None, size=9, cache_dir=str(tmp_path / "cache")).setup()
+    assert len(calls) == 12
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_stopped_decode_leaves_nothing(
+    stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = pictures.decode, []
+
+    def stopping(*args: object) -> np.ndarray:
+        calls.append(1)
+        if len(calls) > 10:
+            raise stop
+        return decode(*args)  # type: ignore[arg-type]
+
+    data = Shapes(None, 1, cache_dir=str(tmp_path))
+    monkeypatch.setattr(pictures, "decode", stopping)
+    with pytest.raises(stop):
+        data.rows("train")
+    assert not list((tmp_path / "pictures").iterdir())
+    monkeypatch.setattr(pictures, "decode", decode)
+    assert len(data.rows("train").x) == 192
+
+
+def encoded(picture: Pillow.Image, kind: str = "png", **kwargs: object) -> dict:
+    file = io.BytesIO()
+    picture.save(file, kind, **kwargs)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def test_transparent_is_white() -> None:
+    picture = Pillow.new("RGBA", (8, 8), (255, 0, 0, 0))
+    picture.putpixel((3, 2), (0, 0, 255, 255))
+    x = pictures.decode(encoded(picture), 8, 3)
+    assert x[:, 0, 0].tolist() == [255, 255, 255] and x[:, 2, 3].tolist() == [0, 0, 255]
+    palette = Pillow.new("P", (8, 8), 0)
+    assert (pictures.decode(encoded(palette, transparency=0), 8, 3) == 255).all()
+
+
+def test_grey_pictures() -> None:
+    grey = Pillow.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    assert (pictures.decode(encoded(grey), 8, 1)[0] == np.asarray(grey)).all()
+    assert (pictures.decode(encoded(grey), 8, 3) == np.asarray(grey)).all()
+    assert pictures.decode(encoded(Pillow.new("RGB", (8, 8), "red")), 8, 1).shape == (1, 8, 8)
+
+
+def test_the_middle_is_cut_out() -> None:
+    wide = Pillow.new("RGB", (48, 16), "red")
+    wide.paste("blue", (16, 0, 32, 16))
+    x = pictures.decode(encoded(wide), 8, 3)
+    assert (abs(x[:, 4, 2:6].astype(int) - np.array([[0], [0], [255]])) < 8).all()
+
+
+def test_photographs_are_turned_upright() -> None:
+    picture = Pillow.new("RGB", (16, 16), "black")
+    picture.paste("white", (0, 0, 16, 8))
+    exif = Pillow.Exif()
+    exif[0x0112] = 3  # upside down
+    x = pictures.decode(encoded(picture, "jpeg", exif=exif), 16, 3)
+    assert x[:, 1].max() < 20 and x[:, -2].min() > 235
+
+
+# --- hub ---
+
+
+def folder(path: Path, count: int, captions: list | None = None) -> str:
+    """A folder of images with metadata.jsonl."""
+    path.mkdir()
+    lines = []
+    for i in range(count):
+        Pillow.new("RGB", (20, 10 + i), (i, 0, 0)).save(path / f"{i:03}.png")
+        caption = captions[i] if captions else f"picture {i}"
+        lines.append(json.dumps({"file_name": f"{i:03}.png", "caption": caption}))
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+    return str(path)
+
+
+def parquet(path: Path, images: list, **columns: tuple) -> str:
+    """A parquet file of encoded images and other columns, each (type, values)."""
+    types = {"image": Image(decode=False)} | {name: of for name, (of, _) in columns.items()}
+    rows = {"image": images} | {name: values for name, (_, values) in columns.items()}
+    Dataset.from_dict(rows, features=Features(types)).to_parquet(path)
+    return str(path)
+
+
+def images(count: int) -> list[dict]:
+    return [encoded(Pillow.new("RGB", (8, 8), (10 * i, 0, 0))) for i in range(count)]
+
+
+def hub(path: str | list[str], tmp_path: Path, **kwargs: object) -> Hub:
+    arguments = {"conditioning": Lengths(), "size": 8, "cache_dir": str(tmp_path / "cache")}
+    return Hub(path, **(arguments | kwargs))  # type: ignore[arg-type]
+
+
+def test_folder_of_images(tmp_path: Path) -> None:
+    data = hub(folder(tmp_path / "photos", 40), tmp_path)
+    data.prepare_data()
+    data.setup()
+    train, val = data.rows("train"), data.rows("val")
+    assert (len(train.x), len(val.x)) == (38, 2) and data.shape == (3, 8, 8)
+    for source in (train, val):  # row and caption belong together
+        assert [f"picture {level}" for level in source.x[:, 0, 4, 4]] == source.values
+    assert not set(train.values) & set(val.values)
+    assert hub(str(tmp_path / "photos"), tmp_path, seed=5).rows("val").values == val.values
+
+
+def test_parquet_file_list_and_pattern(tmp_path: Path) -> None:
+    text = Value("string")
+    for name in "ab":
+        parquet(tmp_path / f"{name}.parquet", images(4), caption=(text, [name] * 4))
+    pattern, listed = str(tmp_path / "*.parquet"), [str(tmp_path / f"{n}.parquet") for n in "ba"]
+    assert len(hub(str(tmp_path / "a.parquet"), tmp_path).rows("train").x) == 3
+    assert len(hub(pattern, tmp_path).rows("train").x) == 7
+    assert hub(listed, tmp_path, val_split="train").rows("val").values == ["b"] * 4 + ["a"] * 4
+
+
+def test_class_column_gives_names(tmp_path: Path) -> None:
+    labels = (ClassLabel(names=["cat", "dog"]), [0, 1, 1, 0])
+    path = parquet(tmp_path / "a.parquet", images(4), label=labels)
+    kwargs = {"caption": "label", "val_split": "train", "batch_size": 4}
+    data = hub(path, tmp_path, conditioning=Classes(["cat", "dog"]), **kwargs)
+    assert data.rows("val").values == ["cat", "dog", "dog", "cat"]
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    assert batch.u[:, 0].argmax(-1).tolist() == [0, 1, 1, 0]
+
+
+def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
+    text = Value("string")
+    good = parquet(tmp_path / "a.parquet", images(4), caption=(text, list("abcd")))
+    with pytest.raises(UserError, match="no column 'photo'.*it has 'image', 'caption'"):
+        hub(good, tmp_path, image="photo").setup()
+    with pytest.raises(UserError, match="no column 'title'.*it has 'image', 'caption'"):
+        hub(good, tmp_path, caption="title").setup()
+    with pytest.raises(UserError, match="'caption' holds Value.*not images.*'image'"):
+        hub(good, tmp_path, image="caption").setup()
+    with pytest.raises(UserError, match="'image' holds Image.*strings or class labels"):
+        hub(good, tmp_path, caption="image").setup()
+    with pytest.raises(UserError, match="no split 'test'; it has 'train'"):
+        hub(good, tmp_path, val_split="test").setup()
+    with pytest.raises(UserError, match="size is 7.*at least 8"):
+        hub(good, tmp_path, size=7)
+    with pytest.raises(UserError, match="channels is 2"):
+        hub(good, tmp_path, channels=2)
+    one = parquet(tmp_path / "one.parquet", images(1), caption=(text, ["a"]))
+    with pytest.raises(UserError, match="no rows for 'train'"):
+        hub(one, tmp_path).setup()
+
+
+@pytest.mark.parametrize("empty", [None, "", "  "])
+def test_an_empty_caption_is_named(empty: str | None, tmp_path: Path) -> None:
+    column = (Value("string"), ["a", "b", empty, "d"])
+    path = parquet(tmp_path / "a.parquet", images(4), caption=column)
+    with pytest.raises(UserError, match="1 of 4 rows have no caption.*row 2"):
+        hub(path, tmp_path, val_split="train").setup()
+    hub(path, tmp_path, conditioning=None, val_split="train").setup()
+
+
+@pytest.mark.parametrize("broken", [b"no picture", images(1)[0]["bytes"][:40], None])
+def test_unreadable_pictures_are_named(broken: bytes | None, tmp_path: Path) -> None:
+    rows = images(5)
+    rows[3] = {"bytes": broken, "path": None} if broken else None
+    path = parquet(tmp_path / "a.parquet", rows, caption=(Value("string"), list("abcde")))
+    with pytest.raises(UserError, match="1 of 5 pictures.*row 3"):
+        hub(path, tmp_path, val_split="train").setup()
+    assert not list((tmp_path / "cache" / "pictures").iterdir())
+
+
+def test_rows_are_named_as_in_the_file(tmp_path: Path) -> None:
+    """Whichever side of the held-out twentieth a row is on."""
+    for row in range(0, 40, 3):
+        captions = [f"picture {i}" for i in range(40)]
+        captions[row] = ""
+        column = (Value("string"), captions)
+        path = parquet(tmp_path / f"{row}.parquet", images(20) * 2, caption=column)
+        with pytest.raises(UserError, match=f"row {row};"):
+            hub(path, tmp_path).setup()
+
+
+def test_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (str(tmp_path / "nope"), "./nope", str(tmp_path / "*.parquet"), "nope.parquet"):
+        with pytest.raises(UserError, match="is not there"):
+            hub(path, tmp_path).setup()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty.* cannot be loaded.*data files"):
+        hub(str(tmp_path / "empty"), tmp_path).setup()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match="not a parquet file"):
+        hub(str(tmp_path / "a.txt"), tmp_path).setup()
+
+
+def test_offline_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError,
+        match="'somebody/something' is no file or folder here and cannot be loaded.*[Oo]ffline",
+    ):
+        hub("somebody/something", tmp_path).setup()
+
+
+def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 2**29})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match="1.0 GiB and .* has 0.5 GiB free.*data.cache_dir"):
+        pictures.make_room(tmp_path, 2**30)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="data.cache_dir cannot hold"):
+        pictures.make_room(tmp_path / "file" / "pictures", 1)
+
+
+@needs_shared
+def test_emoji(tmp_path: Path) -> None:
+    data = hub(str(SHARED / "emoji"), tmp_path, val_split="test", size=16)
+    data.setup()
+    train = data.rows("train")
+    assert train.x.shape == (1469, 3, 16, 16) and train.values[0] == "grinning face"
+    assert len(data.rows("val").x) == 163
+    assert (train.x[:, :, 0, 0] == 255).mean() > 0.5  # on white
+
+
+# --- points ---
+
+
+def test_points_know_their_component(tmp_path: Path) -> None:
+    mixture = GaussianMixture([[0.5, 0.5], [-0.5, -0.5]], [0.05, 0.05])
+    data = Points(mixture, Classes(["up", "down"]), 500, 50, 100, cache_dir=str(tmp_path))
+    data.prepare_data()
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert batch.x.shape == (100, 2) and data.shape == (2,) and batch.x.dtype == torch.float32
+    assert torch.equal(batch.u[:, 0, 0] == 1, batch.x[:, 0] > 0)
+    again = Points(mixture, None, 500, 50)
+    assert (again.rows("train").x == data.rows("train").x).all()
+    assert not np.isin(again.rows("val").x, again.rows("train").x).any()

@@ -1,0 +1,311 @@
+"""Objectives: the laws of levels, what denoising score matching is least at, and that it learns."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from pipeline.denoisers import EDM, Denoiser, Flow, Preconditioned, ScoreDenoiser
+from pipeline.mcmc.targets import GaussianMixture
+from pipeline.networks import MLP
+from pipeline.noise import Noise
+from pipeline.objectives import DSM, Levels, LogNormal, UniformTime
+from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
+
+SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
+WIDE = VE(1e-9, 1e9)  # holds every level, so that nothing is clamped
+
+
+def named(schedule: Schedule) -> str:
+    return type(schedule).__name__
+
+
+def midpoints(n: int) -> Tensor:
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
+class At(Levels):
+    """Every time is one time."""
+
+    def __init__(self, t: float) -> None:
+        self.t = t
+
+    def times(self, schedule: Schedule, q: Tensor) -> Tensor:
+        return torch.full_like(q, self.t)
+
+
+class Zero(nn.Module):
+    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Exact(nn.Module):
+    """The network whose denoiser is exact, times 1 + a, plus b: F = (D − c_skip y) / c_out."""
+
+    def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
+        super().__init__()
+        self.exact, self.a, self.b = ScoreDenoiser(mixture, schedule), 0.0, 0.0
+        self.denoiser: Preconditioned | None = None
+
+    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+        assert self.denoiser is not None
+        s = level.exp()
+        c_in, c_skip, c_out = (c[:, None] for c in self.denoiser.scales(s))
+        y, t = x / c_in, self.exact.schedule.time(s)
+        d = self.exact(self.exact.schedule(t)[0][:, None] * y, t, u)
+        return ((1 + self.a) * d + self.b - c_skip * y) / c_out
+
+
+def exact(mixture: GaussianMixture, schedule: Schedule, family: type = EDM) -> Preconditioned:
+    network = Exact(mixture, schedule)
+    denoiser = family(network, schedule)
+    object.__setattr__(network, "denoiser", denoiser)  # not a child of its own child
+    return denoiser
+
+
+@pytest.mark.parametrize(
+    ("means", "stds"),
+    [((-1.2,), (1.2,)), ((1.0, -2.0), (0.5, 1.5)), ((0.0, 3.0, -3.0), (1.0, 0.2, 0.7))],
+)
+def test_lognormal_quantiles(means: Sequence[float], stds: Sequence[float]) -> None:
+    """The levels at evenly spread quantiles have the mixture's law, up to the grid's own 1 / n."""
+    n = 3000
+    level = WIDE.ratio(LogNormal(means, stds).times(WIDE, midpoints(n))).log()
+
+    def cdf(x: Tensor) -> Tensor:
+        parts = [stats.norm.cdf(x, m, s) for m, s in zip(means, stds, strict=True)]
+        return sum(parts) / len(parts)
+
+    # n midpoints of one law are 1 / 2n from it; each part has its own n / parts, so parts / 2n
+    assert stats.kstest(level.numpy(), cdf).statistic < (len(means) + 1) / (2 * n)
+    for i, part in enumerate(level.chunk(len(means))):  # part i has the i-th interval of q
+        assert (part.diff() > 0).all()
+        assert part.median().item() == pytest.approx(means[i], abs=0.01)  # 1 / n of a density ~1
+
+
+def test_lognormal_is_edm_s_law_by_default() -> None:
+    q = torch.tensor([0.5, stats.norm.cdf(1.0)], dtype=torch.float64)
+    level = WIDE.ratio(LogNormal().times(WIDE, q)).log()
+    # 2⁻²⁴ is the grid of quantiles at the ends only; rounding of a level in a range of 41
+    assert torch.allclose(level, torch.tensor([-1.2, 0.0]).double(), atol=1e-7)
+
+
+def test_lognormal_does_not_depend_on_the_schedule() -> None:
+    q = midpoints(200) * 0.8 + 0.1  # levels that all four reach
+    levels = [s.ratio(LogNormal().times(s, q)).log() for s in SCHEDULES]
+    for level in levels[1:]:
+        assert torch.allclose(level, levels[0], atol=1e-9)  # a time is known to eps
+
+
+def test_a_logit_normal_time_on_the_straight_path() -> None:
+    """Esser et al., section 3.1: logit t ~ N(m, s²), t the fraction of noise."""
+    schedule = Rectified(1e-6)
+    t = LogNormal((0.5,), (1.0,)).times(schedule, midpoints(1000))
+    fraction = schedule(t)[1]  # on this path, σ
+    logit = torch.special.logit(fraction).numpy()
+    assert stats.kstest(logit, stats.norm(0.5, 1.0).cdf).statistic < 1 / 1000  # 1 / 2n and room
+
+
+def test_lognormal_is_finite_at_the_ends() -> None:
+    for dtype in (torch.float32, torch.float64):
+        q = torch.tensor([0.0, 1e-30, 0.5, 1 - 2**-24, 1.0], dtype=dtype)
+        for levels in (LogNormal(), LogNormal((0.0, 1.0), (1.0, 1.0))):
+            t = levels.times(VP(), q)
+            assert t.dtype == dtype and t.isfinite().all() and (t >= 0).all() and (t <= 1).all()
+
+
+def test_uniform_time() -> None:
+    q = midpoints(10)
+    for schedule in SCHEDULES:
+        assert torch.equal(UniformTime().times(schedule, q), q)
+
+
+@pytest.mark.parametrize(
+    ("means", "stds"), [((), ()), ((0.0,), (1.0, 1.0)), ((0.0,), (0.0,)), ((0.0,), (-1.0,))]
+)
+def test_lognormal_bad_arguments(means: Sequence[float], stds: Sequence[float]) -> None:
+    with pytest.raises(ValueError, match="equally long"):
+        LogNormal(means, stds)
+
+
+def test_bands_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="bands = 0"):
+        DSM(UniformTime(), bands=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
+def test_value_for_gaussian_data(schedule: Schedule, t: float, shape: tuple[int, ...]) -> None:
+    """x ~ N(0, σ_d²) and F = 0. EDM's D is then the exact mean, whose error s² σ_d² / (s² + σ_d²)
+    is c_out²: the loss is 1 at each level. Flow is left with E (n − x)² = 1 + σ_d².
+    """
+    n, sigma_d = 4000, 0.5
+    noise = Noise("gaussian", t)
+    x = sigma_d * noise.normal(torch.zeros(n, *shape, dtype=torch.float64))
+    dsm = DSM(At(t))
+    for denoiser, value in (
+        (EDM(Zero(), schedule, sigma_d), 1.0),
+        (Flow(Zero(), schedule), 1 + sigma_d**2),
+        (EDM(Zero(), schedule, 1.0), None),
+    ):
+        if value is None:  # a linear D = k y with another k: (k − 1)² σ_d² + k² s², over c_out²
+            s = schedule.ratio(torch.tensor(t).double()).item()
+            k, c_out = 1 / (1 + s**2), s / math.sqrt(1 + s**2)
+            value = ((k - 1) ** 2 * sigma_d**2 + k**2 * s**2) / c_out**2
+        loss = dsm(denoiser, x, None, noise)
+        assert loss.shape == (n,)
+        standard_error = loss.std().item() / n**0.5
+        assert loss.mean().item() == pytest.approx(value, abs=4 * standard_error)
+
+
+def test_value_example_by_example(mixture: GaussianMixture) -> None:
+    """The formula with the same draws: w(t) |D(α x + σ n) − x|² / d."""
+    schedule = Rectified()
+    x, k = mixture.sample(Noise("x"), 32)
+    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    levels = LogNormal((0.0,), (1.0,))
+    for family in (EDM, Flow):
+        denoiser = exact(mixture, schedule, family)
+        noise = Noise("same")
+        t = levels.times(schedule, noise.spread(32).double())
+        alpha, sigma = (v[:, None] for v in schedule(t))
+        error = denoiser(alpha * x + sigma * noise.normal(x), t, u) - x
+        c_out = denoiser.scales(schedule.ratio(t))[2]
+        expected = (error**2).sum(dim=1) / 2 / c_out**2
+        loss = DSM(levels)(denoiser, x, u, Noise("same"))
+        assert torch.allclose(loss, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+@pytest.mark.parametrize("family", [EDM, Flow])
+def test_the_exact_denoiser_is_the_minimum(
+    family: type, schedule: Schedule, mixture: GaussianMixture
+) -> None:
+    n = 8192
+    x, k = mixture.sample(Noise("min"), n)
+    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    dsm, denoiser = DSM(LogNormal((-1.0,), (1.0,))), exact(mixture, schedule, family)
+    network: Exact = denoiser.network  # type: ignore[assignment]
+
+    def loss(a: Tensor | float, b: Tensor | float) -> Tensor:
+        network.a, network.b = a, b  # type: ignore[assignment]
+        return dsm(denoiser, x, u, Noise("draws"))
+
+    least = loss(0.0, 0.0).mean()
+    for a, b in ((0.1, 0.0), (-0.1, 0.0), (0.0, 0.1), (0.0, -0.1)):
+        assert loss(a, b).mean() > 1.01 * least  # the same draws: no noise in the comparison
+
+    def gradient(a: float, b: float) -> Tensor:
+        """Of each example with respect to its own a and b, in standard errors of the mean."""
+        a_i = torch.full((n, 1), a, dtype=torch.float64, requires_grad=True)
+        b_i = torch.full((n, 2), b, dtype=torch.float64, requires_grad=True)
+        g = torch.cat(torch.autograd.grad(loss(a_i, b_i).sum(), (a_i, b_i)), dim=1)
+        return g.mean(dim=0) / (g.std(dim=0) / n**0.5)
+
+    assert (gradient(0.0, 0.0).abs() < 4).all()  # standard errors
+    assert (gradient(0.1, 0.1).abs() > 8).all()  # and elsewhere it is not zero
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [LogNormal(), LogNormal((2.0, -2.0), (1.0, 0.5)), UniformTime()],
+    ids=["EDM", "two parts", "uniform"],
+)
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_bands_are_equally_likely_and_in_order(levels: Levels, bands: int) -> None:
+    n = 4096
+    dsm = DSM(levels, bands)
+    assert dsm.bands == tuple(f"band_{k}" for k in range(bands))
+    denoiser = Flow(Seen(), VE(1e-4, 1e4))
+    loss, band = dsm.validate(denoiser, torch.zeros(n, 2, dtype=torch.float64), None, Noise("b"))
+    assert loss.shape == band.shape == (n,) and band.dtype == torch.long
+    counts = torch.bincount(band, minlength=bands)
+    assert len(counts) == bands
+    # the edges are known to one of 1024 quantiles: n / 1024 = 4 examples, on either side
+    assert (counts - n / bands).abs().max() <= 8
+    level = denoiser.network.level
+    for k in range(bands - 1):
+        assert level[band == k].max() < level[band == k + 1].min()  # low noise first
+
+
+class Seen(Zero):
+    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+        self.level = level
+        return super().forward(x, level, u)
+
+
+def test_validate_is_the_same_loss(mixture: GaussianMixture) -> None:
+    x, k = mixture.sample(Noise("v"), 64)
+    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    denoiser, dsm = exact(mixture, VP()), DSM(LogNormal())
+    loss, _ = dsm.validate(denoiser, x, u, Noise("same"))
+    assert torch.equal(loss, dsm(denoiser, x, u, Noise("same")))
+    assert not torch.equal(loss, dsm(denoiser, x, u, Noise("other")))
+
+
+def test_two_devices_have_the_losses_of_one(mixture: GaussianMixture) -> None:
+    x, _ = mixture.sample(Noise("d"), 12)
+    denoiser, dsm = exact(mixture, VP()), DSM(LogNormal())
+    whole = dsm(denoiser, x, None, Noise("key"))
+    parts = [dsm(denoiser, x[i : i + 6], None, Noise("key", rows=(i, 12))) for i in (0, 6)]
+    assert torch.allclose(torch.cat(parts), whole, rtol=1e-12)
+
+
+def score_error(
+    learned: Denoiser, mixture: GaussianMixture, level: float, k: int | None, guess: int | None
+) -> float:
+    """E σ² |φ̂(x_t | guess) − φ(x_t | k)|² over E σ² |φ(x_t | k)|² at one level; None is null."""
+    noise, schedule = Noise("error", level, str(k)), learned.schedule
+    x, component = mixture.sample(noise, 8000)
+    x = (x if k is None else x[component == k])[:1000]
+    t = schedule.time(torch.tensor(level, dtype=torch.float64).exp())
+    alpha, sigma = schedule(t)
+    x_t = alpha * x + sigma * noise.normal(x)
+
+    def token(k: int | None) -> Tensor:
+        row = torch.zeros(3) if k is None else torch.eye(3)[k]
+        return row.expand(len(x_t), 1, 3)
+
+    truth = mixture.diffuse(alpha, sigma, token(k)).score(x_t)
+    phi = learned.score(x_t.float(), t.float(), token(guess)).double()
+    return ((phi - truth).square().sum() / truth.square().sum()).item()
+
+
+@pytest.mark.parametrize("family", [EDM, Flow])
+def test_it_recovers_the_score_given_u(family: type, mixture: GaussianMixture) -> None:
+    """Equation (6): the score given u and, by condition dropout, the score without it."""
+    torch.manual_seed(0)
+    denoiser = family(MLP(2, u_dim=3, width=64, depth=2), Rectified())
+    levels = (-2.0, -1.0, 0.0, 1.0)
+    conditions = (0, 1, 2, None)
+    with torch.no_grad():
+        untrained = [score_error(denoiser, mixture, v, k, k) for v in levels for k in conditions]
+
+    steps, dsm = 800, DSM(LogNormal((-0.8,), (1.2,)))
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for i in range(steps):
+        noise = Noise("train", i)
+        x, k = mixture.sample(noise, 512)
+        u = torch.eye(3)[k] * (noise.uniform(512) > 0.25)[:, None]  # condition dropout
+        loss = dsm(denoiser, x.float(), u[:, None], noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+
+    with torch.no_grad():
+        learned = [score_error(denoiser, mixture, v, k, k) for v in levels for k in conditions]
+        swapped = [
+            score_error(denoiser, mixture, v, k, (k + 1) % 3) for v in levels for k in range(3)
+        ]
+        dropped = [score_error(denoiser, mixture, v, k, None) for v in levels for k in range(3)]
+    print([f"{v:.3f}" for v in untrained], [f"{v:.3f}" for v in learned], [f"{v:.3f}" for v in swapped], [f"{v:.3f}" for v in dropped], sep="\n")
+    assert max(learned) < 0.05
+    assert sum(learned) < sum(untrained) / 10
+    assert sum(swapped) / 12 > 10 * sum(learned) / 16
+    assert sum(dropped) / 12 > 3 * sum(learned) / 16
