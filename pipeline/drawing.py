@@ -162,7 +162,7 @@ def newest() -> Path:
     found = sorted(Path("runs").glob("*/*/last.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
-            "There is no trained model in runs/: `make train` makes one, or name --checkpoint FILE."
+            "There is no trained model in runs/: `make train` makes one, or give --checkpoint."
         )
     return found[-1]
 

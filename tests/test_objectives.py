@@ -207,7 +207,7 @@ def test_the_exact_denoiser_is_the_minimum(
         return g.mean(dim=0) / (g.std(dim=0) / n**0.5)
 
     assert (gradient(0.0, 0.0).abs() < 4).all()  # standard errors
-    assert (gradient(0.1, 0.1).abs() > 8).all()  # and elsewhere it is not zero
+    assert (gradient(0.1, 0.1).abs() > 5).all()  # and elsewhere it is not zero: 7 or more
 
 
 @pytest.mark.parametrize(

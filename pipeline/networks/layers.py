@@ -83,7 +83,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = max(width // head_width, 1)
         self.norm = nn.GroupNorm(1, width)
-        # not LayerNorm, which takes (1, v) to its sign: it forgets mean and scale, this the scale
+        # not LayerNorm, which would leave of a token (1, v) the sign of v - 1 alone
         self.norm_u = nn.RMSNorm(u_dim, eps=1e-6)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(u_dim, 2 * width)

@@ -1,0 +1,69 @@
+"""A training run small enough for a test: the real experiment with a small network, few pictures and few steps."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.cli import main
+
+ROOT = Path(__file__).parent.parent
+CALLBACKS = [
+    {"class_path": "pipeline.callbacks.Progress"},
+    {"class_path": "pipeline.callbacks.Precision", "init_args": {"choice": "float32"}},
+    {"class_path": "pipeline.callbacks.EMA", "init_args": {"decay": 0.9}},
+    {"class_path": "pipeline.callbacks.SampleSheet", "init_args": {"number": 2}},
+    {"class_path": "pipeline.callbacks.Last"},
+    {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            "filename": "best",
+            "monitor": "val/loss",
+            "enable_version_counter": False,
+        },
+    },
+]
+
+
+def fit(
+    folder: Path, *args: str, callbacks: list[dict[str, Any]] | None = None, steps: int = 6
+) -> Path:
+    """Train on the built-in shapes into `folder`; the exit code must be 0 unless the test asks itself."""
+    assert launch(folder, *args, callbacks=callbacks, steps=steps) == 0
+    return folder
+
+
+def launch(
+    folder: Path, *args: str, callbacks: list[dict[str, Any]] | None = None, steps: int = 6
+) -> int:
+    os.environ.pop("PIPELINE_RUN", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tiny = folder.parent / "tiny.yaml"
+    trainer = {"callbacks": CALLBACKS if callbacks is None else callbacks, "max_steps": steps}
+    tiny.write_text(yaml.safe_dump({"trainer": trainer | {"val_check_interval": 3}}))
+    network = "--model.denoiser.network"
+    return main(
+        ["fit", "-c", str(ROOT / "conf/experiment/shapes.yaml"), "-c", str(tiny)]
+        + [f"{network}.widths", "[16, 16]", f"{network}.blocks", "1", f"{network}.patch", "4"]
+        + ["--data.per_combination", "1", "--data.batch_size", "8", "--model.warmup", "2"]
+        + ["--model.sampler.steps", "2", "--trainer.logger", "false", "--run", str(folder)]
+        + ["--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu", *args]
+    )
+
+
+def read(run: Path) -> dict[str, Any]:
+    """The checkpoint that ends a run."""
+    return torch.load(run / "last.ckpt", weights_only=True)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two states are the same to the last bit, at any depth."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -1,0 +1,249 @@
+"""Training: reproducible, resumable, the same on one device and on two."""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from runs import CALLBACKS, equal, fit, launch, read
+from torch import Tensor, nn
+
+from pipeline.callbacks import EMA
+from pipeline.data import Batch
+from pipeline.denoisers import EDM
+from pipeline.errors import UserError
+from pipeline.module import ScoreModule, replace
+from pipeline.networks import MLP
+from pipeline.noise import Noise
+from pipeline.objectives import DSM, LogNormal
+from pipeline.samplers import DDIM
+from pipeline.schedules import Rectified
+
+STATE = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step")
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(equal(a[key], b[key]) for key in STATE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 batches that was not stopped."""
+    return fit(tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_one_seed_one_run(whole: Path, tmp_path: Path) -> None:
+    assert same(read(whole), read(fit(tmp_path / "run")))
+
+
+def test_another_seed_another_run(whole: Path, tmp_path: Path) -> None:
+    other = read(fit(tmp_path / "run", "--seed_everything", "1"))
+    assert not equal(read(whole)["state_dict"], other["state_dict"])
+
+
+class StopAt(pl.Callback):
+    """Sends the signal of Ctrl-C while a given batch is worked on."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def stop_at(batch: int) -> list[dict[str, Any]]:
+    return [*CALLBACKS, {"class_path": "test_module.StopAt", "init_args": {"batch": batch}}]
+
+
+@pytest.mark.parametrize("batch", [0, 2, 3])  # the first; just before a validation; just after
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    whole: Path, tmp_path: Path, batch: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert launch(run, callbacks=stop_at(batch)) == 128 + signal.SIGINT
+    said = capsys.readouterr().err
+    assert f"Stopped at step {batch + 1}" in said and f"fit --resume {run}" in said
+    assert read(run)["global_step"] == batch + 1
+    fit(run, "--ckpt_path", str(run / "last.ckpt"))
+    assert same(read(whole), read(run))
+
+
+def test_resume_across_epochs_and_accumulation(tmp_path: Path) -> None:
+    # 192 rows in batches of 64: 3 batches a pass, 2 batches a step, so passes end inside of a step
+    settings = ("--data.batch_size", "64", "--trainer.accumulate_grad_batches", "2")
+    settings += ("--trainer.val_check_interval", "4")
+    whole = read(fit(tmp_path / "whole" / "run", *settings, steps=5))
+    for batch in (3, 4, 5, 6):
+        run = tmp_path / str(batch) / "run"
+        launch(run, *settings, callbacks=stop_at(batch), steps=5)
+        fit(run, *settings, "--ckpt_path", str(run / "last.ckpt"), steps=5)
+        assert same(whole, read(run)), f"stopped in batch {batch}"
+
+
+def test_batches_differ_from_step_to_step(whole: Path, tmp_path: Path) -> None:
+    """Were noise or order drawn again after a stop, this would be what resuming gives."""
+    restarted = read(fit(tmp_path / "run", steps=3))
+    assert not equal(read(whole)["state_dict"], restarted["state_dict"])
+
+
+def module(**settings: Any) -> ScoreModule:
+    torch.manual_seed(0)
+    denoiser = EDM(MLP(2, 3, width=16, depth=1), Rectified())
+    made = ScoreModule(denoiser, DSM(LogNormal()), DDIM(2), **settings)
+    made.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return made
+
+
+def place(made: ScoreModule, rank: int, world: int, seen: int = 5) -> ScoreModule:
+    progress = SimpleNamespace(total=SimpleNamespace(processed=seen))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    made._trainer = SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)  # type: ignore
+    return made
+
+
+def batch(n: int) -> Batch:
+    noise = Noise("batch")
+    x, u = noise.normal(torch.empty(n, 2)), noise.normal(torch.empty(n, 2, 3))
+    return Batch(x, u, torch.zeros(1, 1, 3), torch.ones(n))
+
+
+def part(whole: Batch, rows: slice) -> Batch:
+    return Batch(whole.x[rows], whole.u[rows], whole.u_null, whole.weight[rows])  # type: ignore
+
+
+def test_two_devices_draw_what_one_would() -> None:
+    """The mean of the losses on two halves, each on its own rank, is the loss of the whole."""
+    made, data = module(condition_dropout=0.5), batch(8)
+    with torch.no_grad():
+        alone = place(made, 0, 1).training_step(data, 0)
+        first = place(made, 0, 2).training_step(part(data, slice(0, 4)), 0)
+        second = place(made, 1, 2).training_step(part(data, slice(4, 8)), 0)
+    torch.testing.assert_close((first + second) / 2, alone)  # float32: order of summation only
+
+
+def test_step_depends_on_batches_seen_only() -> None:
+    made, data = module(), batch(8)
+    with torch.no_grad():
+        losses = [
+            place(made, 0, 1, seen).training_step(data, i) for i, seen in enumerate((5, 5, 6))
+        ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_condition_dropout_replaces_that_share() -> None:
+    u, u_null = torch.ones(4, 3, 2), torch.full((1, 1, 2), 7.0)
+    where = torch.tensor([True, False, False, True])
+    dropped = replace(u, u_null, where)
+    assert torch.equal(dropped[1:3], u[1:3])
+    assert torch.equal(dropped[0], torch.tensor([[7.0, 7.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert replace(u, torch.ones(1, 5, 2), where).shape == (4, 5, 2)
+
+
+class Recorder(nn.Module):
+    """A network that keeps the conditions it was given."""
+
+    u_dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, level: Tensor, u: Tensor) -> Tensor:
+        self.seen.append(u)
+        return self.weight * x
+
+
+def test_condition_dropout_rate() -> None:
+    made = module(condition_dropout=0.25)
+    made.denoiser.network = network = Recorder()
+    with torch.no_grad():
+        for seen in range(50):
+            place(made, 0, 1, seen).training_step(batch(40), 0)
+    share = (torch.stack(network.seen) == 0).all(dim=(2, 3)).float().mean()
+    # 2,000 draws: the standard error is sqrt(.25 · .75 / 2000) = 0.0097
+    assert abs(share - 0.25) < 4 * 0.0097
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    made = module(warmup=4)
+    made._trainer = SimpleNamespace(estimated_stepping_batches=20)  # type: ignore[assignment]
+    configured = made.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    full = optimizer.defaults["lr"]
+    assert rates[:4] == sorted(rates[:4]) and rates[0] == pytest.approx(full / 4)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_bad_dropout_is_an_error() -> None:
+    with pytest.raises(ValueError, match="condition_dropout = 1.5"):
+        module(condition_dropout=1.5)
+
+
+def test_condition_of_another_width_is_one_sentence() -> None:
+    made = module()
+    data = SimpleNamespace(conditioning=SimpleNamespace(dim=5))
+    made._trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="u_dim = 3 .* gives 5"):
+        made.on_fit_start()
+
+
+def test_average_follows_the_weights() -> None:
+    made, ema = module(), EMA(decay=0.5)
+    trainer: Any = SimpleNamespace(global_step=0)
+    ema.on_train_start(trainer, made)
+    name, weight = next(iter(made.named_parameters()))
+    before, after = weight.detach().clone(), weight.detach() + 1
+    weight.data.copy_(after)
+    ema.on_train_batch_end(trainer, made)  # no step was taken
+    assert torch.equal(ema.average[name], before)
+    trainer.global_step = 1
+    ema.on_train_batch_end(trainer, made)
+    decay = 2 / 11  # min(0.5, (1 + 1) / (10 + 1))
+    torch.testing.assert_close(ema.average[name], decay * before + (1 - decay) * after)
+    trainer.global_step = 1000
+    ema.on_train_batch_end(trainer, made)
+    torch.testing.assert_close(
+        ema.average[name], 0.5 * (decay * before + (1 - decay) * after) + 0.5 * after
+    )
+
+
+def test_average_is_in_place_while_validating_and_never_saved_as_weights() -> None:
+    made, ema = module(), EMA(decay=0.5)
+    trainer: Any = SimpleNamespace(global_step=0)
+    ema.on_train_start(trainer, made)
+    raw = {name: p.detach().clone() + 1 for name, p in made.named_parameters()}
+    for name, p in made.named_parameters():
+        p.data.copy_(raw[name])
+    average = {name: a.clone() for name, a in ema.average.items()}
+    ema.on_validation_start(trainer, made)
+    assert all(torch.equal(p, average[name]) for name, p in made.named_parameters())
+    checkpoint = {"state_dict": made.state_dict()}
+    ema.on_save_checkpoint(trainer, made, checkpoint)
+    assert equal({k: checkpoint["state_dict"][k] for k in raw}, raw)
+    assert equal(checkpoint["ema"], average)
+    ema.on_validation_end(trainer, made)
+    assert all(torch.equal(p, raw[name]) for name, p in made.named_parameters())
+
+
+def test_checkpoint_holds_what_is_trained_and_nothing_else(whole: Path) -> None:
+    checkpoint = read(whole)
+    assert all(name.startswith("denoiser.network.") for name in checkpoint["state_dict"])
+    assert checkpoint["state_dict"].keys() == checkpoint["ema"].keys()
+    assert not equal(checkpoint["state_dict"], checkpoint["ema"])
+
+
+def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
+    files = {path.name for path in whole.rglob("*") if path.is_file()}
+    assert {"config.yaml", "last.ckpt", "best.ckpt", "step-000003.png", "step-000006.png"} <= files
