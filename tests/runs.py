@@ -1,4 +1,4 @@
-"""A training run small enough for a test: the real experiment with a small network, few pictures and few steps."""
+"""A training run small enough for a test: the real experiment, its network and data made small."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ CALLBACKS = [
 def fit(
     folder: Path, *args: str, callbacks: list[dict[str, Any]] | None = None, steps: int = 6
 ) -> Path:
-    """Train on the built-in shapes into `folder`; the exit code must be 0 unless the test asks itself."""
+    """Train on the built-in shapes into `folder`, to the end."""
     assert launch(folder, *args, callbacks=callbacks, steps=steps) == 0
     return folder
 

@@ -294,7 +294,7 @@ def test_a_low_precision_network_leaves_the_sum_in_float32(
     low = denoiser(x_t, t)
     assert seen == [torch.float32, torch.bfloat16]
     assert low.dtype == full.dtype == torch.float32
-    # the difference is the network's, so it shrinks with c_out: F is near 1 and bfloat16 has 8 bits
+    # the difference is the network's, so it shrinks with c_out: F is near 1, bfloat16 has 8 bits
     c_out = denoiser.scales(denoiser.schedule.ratio(t))[2].abs()[:, None]
     difference = (low - full).abs()
     assert 0 < difference.max() and (difference < 2**-4 * c_out).all()

@@ -1,4 +1,4 @@
-"""Objectives: the laws of levels, what denoising score matching is least at, and that it learns."""
+"""Objectives: the laws of levels, where denoising score matching is least, and that it learns."""
 
 import math
 from collections.abc import Sequence
@@ -304,8 +304,9 @@ def test_it_recovers_the_score_given_u(family: type, mixture: GaussianMixture) -
             score_error(denoiser, mixture, v, k, (k + 1) % 3) for v in levels for k in range(3)
         ]
         dropped = [score_error(denoiser, mixture, v, k, None) for v in levels for k in range(3)]
-    print([f"{v:.3f}" for v in untrained], [f"{v:.3f}" for v in learned], [f"{v:.3f}" for v in swapped], [f"{v:.3f}" for v in dropped], sep="\n")
+    # measured 0.023 at worst and 0.003 on average after training, 0.4 on average before it; the
+    # wrong class is off by 8 on average, the null condition by 0.2
     assert max(learned) < 0.05
-    assert sum(learned) < sum(untrained) / 10
-    assert sum(swapped) / 12 > 10 * sum(learned) / 16
-    assert sum(dropped) / 12 > 3 * sum(learned) / 16
+    assert sum(learned) < sum(untrained) / 20
+    assert sum(swapped) / 12 > 1
+    assert sum(dropped) / 12 > 0.05

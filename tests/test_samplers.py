@@ -52,9 +52,9 @@ def exact(mixture: GaussianMixture, k: int | None, n: int, *key: int | str) -> T
     return (x if k is None else x[component == k])[:n]
 
 
-# The distance of two exact samples is about 0 ± floor; 5 floors is what a seeded run of a right
-# sampler never reaches, and a wrong one passes many times over.
-FLOORS = 5
+# The distance of two exact samples is about 0 ± floor: 4 of these standard deviations. Right
+# samplers were measured between −1.3 and 1.9 floors, the broken ones below between 44 and 630.
+FLOORS = 4
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
@@ -120,7 +120,7 @@ def test_a_broken_sampler_is_seen(
 ) -> None:
     drawn = sampler(ScoreDenoiser(mixture, schedule), empty(N), None, Noise("draw"))
     distance = energy_distance(drawn, exact(mixture, None, N, "truth"))
-    assert distance > 2 * FLOORS * floor(mixture, None, N)
+    assert distance > 5 * FLOORS * floor(mixture, None, N)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
@@ -151,8 +151,8 @@ def test_gaussian_data_has_a_closed_form_flow(schedule: Schedule) -> None:
     z = z / torch.sqrt(alpha_1**2 * std**2 + sigma_1**2)
     # D of x_0 = α m + z √(α² s² + σ²) is m + z α s² / √(α² s² + σ²)
     expected = m + z * alpha_0 * std**2 / torch.sqrt(alpha_0**2 * std**2 + sigma_0**2)
-    # measured 6e-3 / N² · 100² for Heun and 0.6 / N for DDIM: twice that
-    for sampler, tolerance in ((Heun(401), 2e-4), (DDIM(801), 1e-2)):
+    # the methods' own errors, 33 / N² and 4 / N at most: measured 2e-4 and 5e-3, and twice that
+    for sampler, tolerance in ((Heun(401), 4e-4), (DDIM(801), 1e-2)):
         drawn = sampler(denoiser, like, None, Noise("flow"))
         assert (drawn - expected).abs().max() < tolerance
 
@@ -167,17 +167,24 @@ class Fixed:
         return torch.full_like(like, self.value)
 
 
+class Known(Denoiser):
+    """A denoiser that knows x."""
+
+    def __init__(self, schedule: Schedule, x: float) -> None:
+        super().__init__(schedule)
+        self.x = x
+
+    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return torch.full_like(x_t, self.x)
+
+
 def coefficients(sampler: Sampler, schedule: Schedule, t: Tensor, s: Tensor) -> list[float]:
     """A step is a x_t + b x + c n when D = x: its a, b and c."""
-
-    class Known(Denoiser):
-        def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-            return torch.full_like(x_t, x)
-
-    values, one = [], empty(1, 1)
+    values = []
     for x_t, x, n in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
         noise: Noise = Fixed(n)  # type: ignore[assignment]
-        values.append(sampler.step(Known(schedule), one + x_t, t, s, None, noise).item())
+        x_s = sampler.step(Known(schedule, x), empty(1, 1) + x_t, t, s, None, noise)
+        values.append(x_s.item())
     return values
 
 
@@ -209,9 +216,7 @@ def test_ddim_with_eta_1_is_the_posterior(schedule: Schedule, t: float, s: float
     """x_s given x_t and x, under any schedule: the prior N(α_s x, σ_s²) times the likelihood of
     x_t = (α_t / α_s) x_s + noise, as a product of Gaussians.
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        [w.item() for w in schedule(v)] for v in times(t, s)
-    )
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ([w.item() for w in schedule(v)] for v in times(t, s))
     gain = alpha_t / alpha_s
     fresh = sigma_t**2 - gain**2 * sigma_s**2  # the variance of the step s → t
     precision = 1 / sigma_s**2 + gain**2 / fresh
@@ -223,13 +228,9 @@ def test_ddim_with_eta_1_is_the_posterior(schedule: Schedule, t: float, s: float
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize(("t", "s"), PAIRS)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
-def test_every_eta_keeps_the_marginals(
-    schedule: Schedule, t: float, s: float, eta: float
-) -> None:
+def test_every_eta_keeps_the_marginals(schedule: Schedule, t: float, s: float, eta: float) -> None:
     """From N(α_t x, σ_t²) to N(α_s x, σ_s²), with the fresh noise of Song et al., (16)."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        [w.item() for w in schedule(v)] for v in times(t, s)
-    )
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ([w.item() for w in schedule(v)] for v in times(t, s))
     a, b, c = coefficients(DDIM(2, eta=eta), schedule, *times(t, s))
     assert a * alpha_t + b == pytest.approx(alpha_s, rel=1e-10)
     assert (a * sigma_t) ** 2 + c**2 == pytest.approx(sigma_s**2, rel=1e-10)
@@ -298,7 +299,7 @@ class Counter(Denoiser):
         self.inner, self.times = inner, []
 
     def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        assert t.shape == () and t.dtype == x_t.dtype and len(u if u is not None else x_t)
+        assert t.shape == () and t.dtype == x_t.dtype
         self.times.append(t.item())
         self.u = u
         return self.inner(x_t, t, u)
@@ -353,13 +354,11 @@ def test_grid(schedule: Schedule, rho: float) -> None:
         assert schedule.ratio(t[i]).item() == pytest.approx(expected, rel=1e-9)
     assert DDIM(1).grid(schedule).tolist() == [1]
     assert Heun(2).grid(schedule).tolist() == [1, 0]
-    assert Sampler.grid(DDIM(5), schedule).equal(DDIM(5, rho=7.0).grid(schedule))  # the default
+    assert DDIM(5).grid(schedule).equal(DDIM(5, rho=7.0).grid(schedule))  # the default
 
 
 @pytest.mark.parametrize("sampler", [DDIM(8), DDIM(8, eta=1.0), Heun(8)])
-def test_a_picture_is_the_same_in_any_company(
-    sampler: Sampler, mixture: GaussianMixture
-) -> None:
+def test_a_picture_is_the_same_in_any_company(sampler: Sampler, mixture: GaussianMixture) -> None:
     denoiser = ScoreDenoiser(mixture, VP())
 
     def draw(*seeds: int) -> Tensor:

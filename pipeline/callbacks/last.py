@@ -26,17 +26,16 @@ class Stopped(Exception):
 
 
 class Last(Checkpoint):
-    """Writes `last.ckpt` into the run's folder: every few minutes, when asked to stop, and at the
-    end.
+    """Writes `last.ckpt` into the run's folder: now and then, when asked to stop, and at the end.
 
-    SIGINT (Ctrl-C) and SIGTERM only set a flag. It is read at the end of a batch, every `agree`
-    batches where there are several devices, so that all of them stop at the same step; the
-    checkpoint is written and `Stopped` is raised. A second Ctrl-C stops at once, and the
-    checkpoint is the one before.
+    SIGINT (Ctrl-C) and SIGTERM only set a flag. It is read after an optimizer step, every `agree`
+    steps where there are several devices, so that all of them stop at the same one; the checkpoint
+    is written and `Stopped` is raised. A second Ctrl-C stops at once, and the checkpoint is the
+    one before.
 
     Arguments:
         minutes: The time between two checkpoints, decided on rank 0.
-        agree: The number of batches between two agreements among several devices.
+        agree: The number of steps between two agreements among several devices.
     """
 
     def __init__(self, minutes: float = 5.0, agree: int = 20) -> None:
@@ -45,7 +44,7 @@ class Last(Checkpoint):
         self.before: dict[int, object] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signum, self.written = 0, time.monotonic()
+        self.signum, self.step, self.written = 0, trainer.global_step, time.monotonic()
         for signum in (signal.SIGINT, signal.SIGTERM):
             self.before[signum] = signal.signal(signum, self._ask)
 
@@ -62,7 +61,9 @@ class Last(Checkpoint):
         batch_idx: int,
     ) -> None:
         alone = trainer.world_size == 1
-        if not alone and batch_idx % self.agree:
+        stepped = trainer.global_step > self.step  # else gradients accumulate, and would be lost
+        self.step = trainer.global_step
+        if not stepped or (not alone and self.step % self.agree):
             return
         due = time.monotonic() - self.written > self.seconds
         stop = bool(self.signum)

@@ -1,0 +1,389 @@
+"""Networks: their layers against written formulas, and what they do with a condition."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.networks import MLP, UNet
+from pipeline.networks.layers import (
+    CrossAttention,
+    LevelEmbedding,
+    SelfAttention,
+    pool,
+    width_groups,
+)
+from pipeline.networks.unet import Block
+from pipeline.noise import Noise
+
+WAYS = {
+    "concat": {"concat": 3, "modulate": False},
+    "modulate": {"modulate": True},
+    "attend": {"modulate": False, "attend": (0, 1)},
+    "all": {"concat": 3, "modulate": True, "attend": (1,), "attention": (1,)},
+}
+E = 6
+CLOSE = 1e-10  # float64, after some thousand roundings
+
+
+def normal(*shape: int, key: str = "x") -> Tensor:
+    return Noise(key, *shape).normal(torch.zeros(shape, dtype=torch.float64))
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """In float64 and with every parameter drawn, those that start at zero too."""
+    noise = Noise("awake")
+    for p in network.double().parameters():
+        fan_in = p[0].numel() if p.ndim > 1 else 4
+        p.data.copy_(noise.normal(p) / math.sqrt(fan_in))
+    return network
+
+
+def unet(**settings: object) -> nn.Module:
+    given: dict = {"channels": 1, "u_dim": E, "widths": (16, 32), "blocks": 1} | settings
+    return awake(UNet(**given))
+
+
+def mlp(**settings: object) -> nn.Module:
+    given: dict = {"x_dim": 3, "u_dim": E, "width": 16, "depth": 2} | settings
+    return awake(MLP(**given))
+
+
+def tokens(n: int, length: int = 3) -> Tensor:
+    return normal(n, length, E, key="u")
+
+
+def zeros_after(u: Tensor, rows: int) -> Tensor:
+    return F.pad(u, (0, 0, 0, rows))
+
+
+def pictures(way: str, u_dim: int = E) -> tuple[nn.Module, Tensor]:
+    return unet(u_dim=u_dim, **WAYS[way]), normal(4, 1, 8, 8)
+
+
+def vectors(u_dim: int = E) -> tuple[nn.Module, Tensor]:
+    return mlp(u_dim=u_dim), normal(4, 3)
+
+
+# what makes a network and an input for it, for each way to take u
+Make = Callable[..., tuple[nn.Module, Tensor]]
+TAKERS = [pytest.param(partial(pictures, way), id=way) for way in WAYS]
+TAKERS.append(pytest.param(vectors, id="MLP"))
+LEVEL = torch.tensor([-5.0, -1.0, 0.5, 4.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", TAKERS)
+def test_it_depends_on_u_x_and_level(make: Make) -> None:
+    network, x = make()
+    u = tokens(4)
+    y = network(x, LEVEL, u)
+    assert y.shape == x.shape and y.isfinite().all()
+    size = y.abs().mean(dim=tuple(range(1, y.ndim)))
+    for other in (
+        network(x, LEVEL, tokens(4).flip(0) * 2),
+        network(x, LEVEL, torch.zeros_like(u)),
+        network(x, LEVEL + 0.3, u),
+        network(x + 0.1, LEVEL, u),
+    ):
+        # a per mille of the output at least, in every row: 1e7 times the rounding of a blind one
+        change = (other - y).abs().amax(dim=tuple(range(1, y.ndim)))
+        assert (change > 1e-3 * size).all()
+
+
+@pytest.mark.parametrize("make", TAKERS)
+def test_rows_do_not_mix(make: Make) -> None:
+    network, x = make()
+    u = tokens(4)
+    y = network(x, LEVEL, u)
+    for i in range(4):
+        row = slice(i, i + 1)
+        assert torch.allclose(network(x[row], LEVEL[row], u[row]), y[row], atol=CLOSE)
+
+
+@pytest.mark.parametrize("make", TAKERS)
+def test_padding_changes_nothing(make: Make) -> None:
+    network, x = make()
+    u = tokens(4)
+    y = network(x, LEVEL, u)
+    assert torch.allclose(network(x, LEVEL, zeros_after(u, 5)), y, atol=CLOSE)
+    # and rows of unequal length in one batch are each what they are alone
+    u[1, 1:] = 0
+    u[2, 2:] = 0
+    y = network(x, LEVEL, u)
+    for i, length in ((1, 1), (2, 2)):
+        row = slice(i, i + 1)
+        alone = network(x[row], LEVEL[row], u[row, :length])
+        assert torch.allclose(y[row], alone, atol=CLOSE)
+
+
+@pytest.mark.parametrize("make", TAKERS)
+def test_nothing_but_padding_is_finite(make: Make) -> None:
+    """The null condition of classes: zeros. Its gradients are finite beside a row that is not."""
+    network, x = make()
+    u = tokens(4)
+    u[::2] = 0
+    u.requires_grad_()
+    y = network(x, LEVEL, u)
+    y.square().sum().backward()
+    assert y.isfinite().all() and u.grad is not None and u.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert torch.allclose(network(x, LEVEL, torch.zeros(4, 1, E).double())[::2], y[::2])
+
+
+@pytest.mark.parametrize("make", TAKERS)
+def test_gradients_reach_every_parameter(make: Make) -> None:
+    network, x = make()
+    (network(x, LEVEL, tokens(4)) * normal(*x.shape, key="g")).sum().backward()
+    for name, p in network.named_parameters():
+        assert p.grad is not None and (p.grad != 0).any(), name
+
+
+@pytest.mark.parametrize("make", TAKERS)
+def test_a_number_as_a_condition_keeps_its_size(make: Make) -> None:
+    """Vectors make (1, v) of a number v; two numbers of one sign must not look the same."""
+    network, x = make(u_dim=2)
+    u = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 50.0], [1.0, -3.0]]).double()[:, None]
+    x, level = x[:1].expand_as(x), LEVEL[:1].expand(4)
+    y = network(x, level, u).flatten(1)
+    for i in range(4):
+        for j in range(i):
+            assert (y[i] - y[j]).abs().max() > 1e-4  # 1e5 times the rounding of a blind network
+
+
+def test_concat_modulate_and_pool_see_the_mean_of_the_tokens() -> None:
+    u = tokens(4)
+    mean = u.mean(dim=1, keepdim=True)
+    for network, x in (
+        (unet(**WAYS["concat"]), normal(4, 1, 8, 8)),
+        (unet(**WAYS["modulate"]), normal(4, 1, 8, 8)),
+        (mlp(), normal(4, 3)),
+    ):
+        assert torch.allclose(network(x, LEVEL, u), network(x, LEVEL, mean), atol=CLOSE)
+    attend = unet(**WAYS["attend"])
+    x = normal(4, 1, 8, 8)
+    assert not torch.allclose(attend(x, LEVEL, u), attend(x, LEVEL, mean), rtol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 16, 32])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_unet_sizes(channels: int, size: int, patch: int) -> None:
+    network = unet(channels=channels, patch=patch, **WAYS["all"])
+    x = normal(2, channels, size, size)
+    y = network(x, LEVEL[:2], tokens(2))
+    assert y.shape == x.shape
+    # a nudge of one pixel changes its own surroundings the most: nothing is transposed on the way
+    nudged = x.clone()
+    nudged[:, :, 1, size - 2] += 1e-3
+    change = (network(nudged, LEVEL[:2], tokens(2)) - y).abs().sum(dim=(0, 1))
+    top = change.flatten().argmax().item()
+    assert abs(top // size - 1) <= 4 and abs(top % size - (size - 2)) <= 4
+
+
+def test_unet_takes_oblongs_and_three_stages() -> None:
+    network = unet(channels=3, widths=(16, 24, 32), blocks=2, attention=(2,), attend=(1, 2))
+    x = normal(2, 3, 8, 16)
+    assert network(x, LEVEL[:2], tokens(2)).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths", "patch", "fold"),
+    [
+        ((7, 8), (16,), 2, 2),
+        ((8, 6), (16, 16), 2, 4),
+        ((9, 9), (16, 16), 1, 2),
+        ((12, 12), (16, 16, 16), 2, 8),
+    ],
+)
+def test_odd_sizes_say_what_would_do(
+    shape: tuple[int, int], widths: tuple[int, ...], patch: int, fold: int
+) -> None:
+    network = unet(u_dim=0, widths=widths, patch=patch)
+    with pytest.raises(ValueError, match=f"{shape[0]}×{shape[1]} .* multiples of {fold}"):
+        network(normal(1, 1, *shape), LEVEL[:1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"attention": (2,)}, "attention"),
+        ({"attend": (-1,), "u_dim": 4}, "attend"),
+        ({"concat": 2}, "need a condition"),
+        ({"attend": (0,)}, "need a condition"),
+        ({"u_dim": 4, "modulate": False}, "u is not used"),
+    ],
+)
+def test_unet_bad_arguments(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        UNet(**settings)
+
+
+@pytest.mark.parametrize("network", [UNet(1, E, (16, 32), 1, attend=(1,)), MLP(3, E, 16)])
+def test_a_new_network_answers_zero_and_soon_heeds_level_and_u(network: nn.Module) -> None:
+    """Zero at first, so D = c_skip y; a few steps later it depends on level and u."""
+    picture = isinstance(network, UNet)
+    x = (normal(4, 1, 8, 8) if picture else normal(4, 3)).float()
+    level, u = LEVEL.float(), tokens(4).float()
+    assert network(x, level, u).eq(0).all()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    # three: the output layer, then what it reads, then what that reads were zero or unread
+    for _ in range(3):
+        loss = (network(x, level, u) - x * level.reshape(-1, *[1] * (x.ndim - 1))).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    y = network(x, level, u)
+    for other in (network(x, level + 1, u), network(x, level, -u)):
+        assert (other - y).abs().max() > 1e-5 * y.abs().max()  # 100 float32 eps
+
+
+def test_unconditional_networks() -> None:
+    for network, x in (
+        (unet(u_dim=0, attention=(0, 1)), normal(4, 1, 8, 8)),
+        (mlp(u_dim=0), normal(4, 3)),
+    ):
+        y = network(x, LEVEL)
+        assert y.shape == x.shape
+        assert torch.equal(y, network(x, LEVEL, None))
+        y.sum().backward()
+        assert all(p.grad is not None for p in network.parameters())
+
+
+def test_mlp_formula() -> None:
+    network = mlp(depth=1)
+    x, u = normal(4, 3), tokens(4, 1)
+    h = torch.cat((x, u[:, 0], network.level(LEVEL)), dim=1)
+    h = h @ network.input.weight.T + network.input.bias
+    norm, first, _, second = network.blocks[0]
+    z = (h - h.mean(dim=1, keepdim=True)) / (
+        h.var(dim=1, keepdim=True, correction=0) + 1e-5
+    ).sqrt()
+    z = first(z * norm.weight + norm.bias)
+    h = h + second(z * torch.sigmoid(z))
+    expected = network.output(h * torch.sigmoid(h))
+    assert torch.allclose(network(x, LEVEL, u), expected, atol=CLOSE)
+
+
+def test_pool() -> None:
+    u = tokens(3, 4)
+    u[0, 2:] = 0
+    u[1] = 0
+    u[2, 0, 0] = 0  # a token with one zero is no padding
+    expected = torch.stack((u[0, :2].mean(dim=0), torch.zeros(E).double(), u[2].mean(dim=0)))
+    assert torch.allclose(pool(u), expected, atol=1e-15)
+
+
+def test_level_embedding() -> None:
+    embedding = LevelEmbedding(8).double()
+    seen = []
+    embedding.layers.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    assert embedding(LEVEL).shape == (4, 8)
+    omega = torch.tensor([1 / 16 * 128 ** (k / 3) for k in range(4)]).double()  # 1/16 to 8
+    angle = LEVEL[:, None] * omega
+    # omega is kept in float32: 8 levels of 5 times 6e-8 of rounding
+    assert torch.allclose(seen[0], torch.cat((angle.cos(), angle.sin()), dim=1), atol=1e-5)
+    assert not embedding.state_dict().keys() & {"omega"}  # a constant, in no checkpoint
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
+    """Attention head by head and row by row; a row whose tokens are all masked gets 0."""
+    rows = []
+    for b in range(len(q)):
+        if not mask[b].any():
+            rows.append(torch.zeros_like(q[b]))
+            continue
+        parts = []
+        width = q.shape[-1] // heads
+        for h in range(heads):
+            c = slice(h * width, (h + 1) * width)
+            scores = q[b, :, c] @ k[b, mask[b]][:, c].T / math.sqrt(width)
+            parts.append(scores.softmax(dim=-1) @ v[b, mask[b]][:, c])
+        rows.append(torch.cat(parts, dim=-1))
+    return torch.stack(rows)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Of each example over all channels and places, (B, C, H, W)."""
+    z = x.flatten(1)
+    z = (z - z.mean(1, keepdim=True)) / (z.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    return z.reshape(x.shape)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 1), (64, 2), (96, 3)])
+def test_self_attention(width: int, heads: int) -> None:
+    layer = awake(SelfAttention(width))
+    x = normal(2, width, 3, 4)
+    z = layer_norm(x) * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None]
+    q, k, v = layer.qkv(z.flatten(2).transpose(1, 2)).split(width, dim=-1)
+    mixed = layer.out(softmax_attention(q, k, v, heads, torch.ones(2, 12, dtype=torch.bool)))
+    expected = x + mixed.transpose(1, 2).reshape(x.shape)
+    assert torch.allclose(layer(x), expected, atol=CLOSE)
+    assert torch.equal(SelfAttention(width)(x.float()), x.float())  # nothing at first
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 1), (64, 2), (96, 3)])
+def test_cross_attention(width: int, heads: int) -> None:
+    layer = awake(CrossAttention(width, E))
+    x, u = normal(3, width, 3, 4), tokens(3, 5)
+    u[0, 3:] = 0
+    u[1] = 0
+    u[2, :, 0] = 0  # tokens with one zero are no padding
+    mask = (u.abs().sum(dim=-1) > 0) & torch.ones(3, 5, dtype=torch.bool)
+    z = layer_norm(x) * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None]
+    q = layer.q(z.flatten(2).transpose(1, 2))
+    scaled = u / (u.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * layer.norm_u.weight
+    k, v = layer.kv(scaled).split(width, dim=-1)
+    mixed = layer.out(softmax_attention(q, k, v, heads, mask))
+    expected = x + mixed.transpose(1, 2).reshape(x.shape)
+    assert torch.allclose(layer(x, u), expected, atol=CLOSE)
+    assert torch.equal(layer(x, u)[1], x[1])  # exactly nothing where all is padding
+    assert torch.equal(CrossAttention(width, E)(x.float(), u.float()), x.float())
+
+
+@pytest.mark.parametrize(("width_in", "width"), [(32, 32), (16, 48)])
+def test_block(width_in: int, width: int) -> None:
+    block = awake(Block(width_in, width, 8))
+    x, c = normal(2, width_in, 5, 6), normal(2, 8)
+
+    def group_norm(x: Tensor) -> Tensor:  # groups of 16 channels
+        return torch.cat([layer_norm(part) for part in x.split(16, dim=1)], dim=1)
+
+    def silu(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    h = group_norm(x) * block.norm_1.weight[:, None, None] + block.norm_1.bias[:, None, None]
+    h = group_norm(block.conv_1(silu(h)))
+    scale, shift = (z[:, :, None, None] for z in block.modulation(c).split(width, dim=1))
+    skip = x if width_in == width else block.skip(x)
+    expected = skip + block.conv_2(silu(h * (1 + scale) + shift))
+    assert torch.allclose(block(x, c), expected, atol=CLOSE)
+
+
+def test_width_groups() -> None:
+    assert [width_groups(w) for w in (16, 48, 96, 24, 20, 7)] == [1, 3, 6, 3, 5, 7]
+
+
+def test_attention_is_where_it_was_asked_for() -> None:
+    network = UNet(1, E, (16, 16, 16), 2, attention=(1,), attend=(2,))
+    for stages in (list(network.down), list(network.up)[::-1]):
+        for k, stage in enumerate(stages):
+            for s in stage:  # type: ignore[union-attr]
+                assert isinstance(s.attention, SelfAttention) == (k == 1)
+                assert (s.cross is not None) == (k == 2)
+    assert network.middle.cross is not None  # the middle is of the coarsest stage
+
+
+def test_low_precision_keeps_the_condition() -> None:
+    """Under autocast to bfloat16, as on a GPU: finite, near float32, all padding included."""
+    network = unet(**WAYS["all"]).float()
+    x, u = normal(4, 1, 8, 8).float(), tokens(4).float()
+    u[0] = 0
+    y = network(x, LEVEL.float(), u)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = network(x, LEVEL.float(), u).float()
+    # 8 bits, some dozen layers: 5% of the output's own size
+    assert (low - y).square().mean().sqrt() < 0.05 * y.square().mean().sqrt()
