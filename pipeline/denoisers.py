@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from pipeline.mcmc.targets import Target
+from pipeline.mcmc.targets import GaussianMixture, Target
 from pipeline.schedules import Schedule, expand_as_batch
 
 __all__ = ["EDM", "Denoiser", "Flow", "Preconditioned", "ScoreDenoiser"]
@@ -79,13 +79,11 @@ class ScoreDenoiser(Denoiser):
     .. math:: D(x_t, t, u) = \frac{x_t + \sigma_t^2 \, \phi(x_t \mid u)}{\alpha_t}
 
     Arguments:
-        target: A law of clean x that can be diffused: `target.diffuse(alpha_t, sigma_t, u)` is the
-            law of
-            :math:`x_t` given u, a `Target`.
+        target: The law of clean x.
         schedule: The noise schedule.
     """
 
-    def __init__(self, target: "Target", schedule: Schedule) -> None:
+    def __init__(self, target: GaussianMixture, schedule: Schedule) -> None:
         super().__init__(schedule)
         self.target = target
 

@@ -149,7 +149,7 @@ def load(args: Namespace) -> tuple[Generator, dict[str, Any], dict[str, Any]]:
 
 
 def told(part: object) -> dict[str, Any] | None:
-    return part and {"class": type(part).__name__, **vars(part)}
+    return None if part is None else {"class": type(part).__name__, **vars(part)}
 
 
 def bar(generator: Generator, number: int, args: Namespace) -> tqdm:

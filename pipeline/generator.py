@@ -103,7 +103,7 @@ class Generator:
         values: Sequence[Any],
         seeds: Sequence[int],
         micro_batch: int = 16,
-        progress: Callable[[], None] | None = None,
+        progress: Callable[[], object] | None = None,
     ) -> Iterator[Tensor]:
         """Draw one x for each value.
 

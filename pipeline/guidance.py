@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pipeline.conditioning import align
 from pipeline.denoisers import Denoiser
 
 __all__ = ["ClassifierFree", "Guidance", "Guided"]
@@ -70,7 +71,7 @@ class Guided(Denoiser):
                 "Guidance needs a condition u, and None was given; draw with scale 1 or with "
                 "prompts."
             )
-        null, u = _align(self.u_null.to(u).expand(len(u), -1, -1), u)
+        null, u = align(self.u_null.to(u).expand(len(u), -1, -1), u)
         if self.scale == 0:
             return self.denoiser(x_t, t, null)
         double = t.repeat(2) if t.ndim else t
@@ -78,10 +79,3 @@ class Guided(Denoiser):
             x_t.repeat(2, *[1] * (x_t.ndim - 1)), double, torch.cat((null, u))
         ).chunk(2)
         return torch.lerp(d_null, d, self.scale)
-
-
-def _align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad the tokens of two conditions (B, L, E) with zero rows to one length."""
-    length = max(a.shape[1], b.shape[1])
-    pad = torch.nn.functional.pad
-    return tuple(pad(z, (0, 0, 0, length - z.shape[1])) for z in (a, b))  # type: ignore[return-value]

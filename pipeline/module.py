@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from pipeline.conditioning import align
 from pipeline.data.base import Batch
 from pipeline.denoisers import Preconditioned
 from pipeline.errors import UserError
@@ -71,7 +72,8 @@ class ScoreModule(pl.LightningModule):
     @property
     def batches_seen(self) -> int:
         """The number of batches whose step is complete, accumulated ones counted one by one."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return total.processed
 
     def noise(self, *key: int | str, n: int) -> Noise:
         """The randomness of this device's n rows of a global batch."""
@@ -140,6 +142,5 @@ class ScoreModule(pl.LightningModule):
 
 def replace(u: Tensor, u_null: Tensor, where: Tensor) -> Tensor:
     """u (B, L, E) with the null condition (1, L', E) in the rows `where` (B,) is true."""
-    length = max(u.shape[1], u_null.shape[1])
-    u, u_null = (torch.nn.functional.pad(z, (0, 0, 0, length - z.shape[1])) for z in (u, u_null))
+    u, u_null = align(u, u_null)
     return torch.where(where[:, None, None], u_null, u)

@@ -64,12 +64,11 @@ class CLI(LightningCLI):
         config.trainer.default_root_dir = str(self.run_folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
-        if self.config_init.trainer.logger in (None, True):
-            kwargs["logger"] = (
-                False  # ours need the folder, made once it is known that all else can be built
-            )
-        trainer = super().instantiate_trainer(**kwargs)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        config: Any = self.config_init
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = False  # ours are made when it is known that all else can be built
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_folder)
         return trainer

@@ -47,8 +47,8 @@ class EMA(pl.Callback):
             return
         self.step = k = trainer.global_step
         decay = min(self.decay, (1 + k) / (10 + k))
-        weights = [p for _, p in _trained(pl_module)]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        weights = [p.data for _, p in _trained(pl_module)]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)  # type: ignore
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.average:

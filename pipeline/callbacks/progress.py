@@ -55,9 +55,11 @@ class Progress(ProgressBar):
         batch_idx: int,
     ) -> None:
         self.batches += 1
-        if trainer.global_step == self.bar.n:  # gradients were accumulated only
+        if (
+            self.bar is None or trainer.global_step == self.bar.n
+        ):  # gradients were accumulated only
             return
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore
             taken = time.perf_counter() - self.since - self.paused
             examples = self.batches * len(batch[0]) * trainer.world_size  # type: ignore[index]
             pl_module.log("train/examples_per_s", examples / taken)

@@ -14,8 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["Conditioning"]
+__all__ = ["Conditioning", "align"]
+
+
+def align(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two conditions (B, L, E) padded with zero rows to one length."""
+    length = max(u.shape[1], v.shape[1])
+    return pad(u, (0, 0, 0, length - u.shape[1])), pad(v, (0, 0, 0, length - v.shape[1]))
 
 
 class Conditioning(ABC):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .base import Conditioning
+from pipeline.conditioning.base import Conditioning
 
 __all__ = ["embed_distinct"]
 

@@ -35,8 +35,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import UserError
-from .base import Conditioning
+from pipeline.conditioning.base import Conditioning
+from pipeline.errors import UserError
 
 __all__ = ["TextEncoder"]
 

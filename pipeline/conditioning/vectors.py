@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .base import Conditioning
+from pipeline.conditioning.base import Conditioning
+from pipeline.errors import UserError
 
 __all__ = ["Classes", "Vectors"]
 

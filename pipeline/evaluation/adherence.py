@@ -22,9 +22,9 @@ def shapes_adherence(
     number: int,
     seed: int = 0,
     micro_batch: int = 16,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> tuple[dict[str, Any], Tensor, list[str]]:
-    """Draw prompts of unseen combinations of `Shapes` and read the attributes back from the pixels.
+    """Draw unseen combinations of `Shapes` and read the attributes back from the pixels.
 
     The combinations are taken in a random order that `seed` decides, each once before any twice;
     picture i is drawn with seed `seed` + i.
@@ -38,17 +38,17 @@ def shapes_adherence(
         progress: Called after each step of the sampler.
 
     Returns:
-        A result of plain numbers: "accuracy" of each attribute, of their "mean" and of "all" together; the
-        same for the prompts in another order, "shuffled", which shows that the prompt decided; and
-        "chance". Then the uint8 pictures (N, 3, 32, 32), and their prompts.
+        A result of plain numbers: "accuracy" of each attribute, of their "mean" and of "all"
+        together; the same for the prompts in another order, "shuffled", which shows that the
+        prompt decided; and "chance". Then the uint8 pictures (N, 3, 32, 32), and their prompts.
 
     Raises:
         UserError: The data are not the built-in shapes.
     """
     if not isinstance(data, Shapes) or isinstance(data, Relations):
         raise UserError(
-            f"The model was trained on {type(data).__name__}; attributes can be read back only from "
-            "the built-in Shapes."
+            f"The model was trained on {type(data).__name__}; attributes can be read back from "
+            "the built-in Shapes only."
         )
     order = np.random.default_rng(seed)
     unseen = data.combinations("unseen")

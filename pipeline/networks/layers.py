@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CrossAttention", "LevelEmbedding", "SelfAttention", "pool"]
+__all__ = ["CrossAttention", "LevelEmbedding", "SelfAttention", "pool", "width_groups", "zero"]
 
 
 def pool(u: Tensor) -> Tensor:
@@ -32,12 +32,19 @@ class LevelEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.omega: Tensor
         self.register_buffer("omega", torch.logspace(-4, 3, dim // 2, base=2.0), persistent=False)
         self.layers = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, level: Tensor) -> Tensor:
         angle = level[:, None] * self.omega.to(level.dtype)  # (B, dim / 2)
         return self.layers(torch.cat((angle.cos(), angle.sin()), dim=-1))
+
+
+def zero(layer: nn.Linear | nn.Conv2d) -> None:
+    """Make a layer give 0, so that the branch it ends adds nothing when training begins."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -58,8 +65,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.GroupNorm(1, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
@@ -90,7 +96,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(
             width, width, bias=False
         )  # so that a row with nothing to attend to gets exactly 0
-        nn.init.zeros_(self.out.weight)
+        zero(self.out)
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         mask = (u != 0).any(dim=-1)[:, None, None, :]  # (B, 1, 1, L)

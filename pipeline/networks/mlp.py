@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.networks.layers import LevelEmbedding, pool
+from pipeline.networks.layers import LevelEmbedding, pool, zero
 
 __all__ = ["MLP"]
 
@@ -32,8 +32,7 @@ class MLP(nn.Module):
             for _ in range(depth)
         )
         self.output = nn.Linear(width, x_dim)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
         r"""The network's output, with the shape of x.

@@ -12,6 +12,7 @@ from pipeline.networks.layers import (
     SelfAttention,
     pool,
     width_groups,
+    zero,
 )
 
 __all__ = ["UNet"]
@@ -28,8 +29,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 2 * width)
         self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
         self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
-        nn.init.zeros_(self.conv_2.weight)
-        nn.init.zeros_(self.conv_2.bias)
+        zero(self.conv_2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
@@ -141,8 +141,7 @@ class UNet(nn.Module):
                 self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
         self.norm = nn.GroupNorm(width_groups(width), width)
         self.output = nn.Conv2d(width, channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
         r"""The network's output, with the shape of x.

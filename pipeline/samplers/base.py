@@ -89,7 +89,7 @@ class Sampler(ABC):
         like: Tensor,
         u: Tensor | None,
         noise: Noise | PictureNoise,
-        progress: Callable[[], None] | None = None,
+        progress: Callable[[], object] | None = None,
     ) -> Tensor:
         r"""Draw from the law that a denoiser describes.
 
