@@ -92,8 +92,9 @@ def test_each_number_of_a_spread_is_uniform() -> None:
 
 
 def test_spread_stays_below_one() -> None:
-    noise = Noise("large")
-    assert max(noise.spread(1 << 16).max().item() for _ in range(200)) < 1
+    """In float32 the last of 2¹⁶ cells rounds up to 1 where the offset is above 1 − 2⁻⁹."""
+    key = next(i for i in range(10_000) if Noise("large", i).uniform(1) > 1 - 2**-10)
+    assert 0.999 < Noise("large", key).spread(1 << 16).max() < 1
 
 
 def test_a_spread_average_has_less_variance() -> None:

@@ -12,7 +12,7 @@ from pipeline.denoisers import EDM, Denoiser, Flow, Preconditioned, ScoreDenoise
 from pipeline.mcmc.targets import GaussianMixture
 from pipeline.networks import MLP
 from pipeline.noise import Noise
-from pipeline.objectives import DSM, Levels, LogNormal, UniformTime
+from pipeline.objectives import DSM, Levels, LogNormal, Objective, UniformTime
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
 SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
@@ -245,6 +245,18 @@ def test_validate_is_the_same_loss(mixture: GaussianMixture) -> None:
     loss, _ = dsm.validate(denoiser, x, u, Noise("same"))
     assert torch.equal(loss, dsm(denoiser, x, u, Noise("same")))
     assert not torch.equal(loss, dsm(denoiser, x, u, Noise("other")))
+
+
+def test_an_objective_without_levels_has_one_band() -> None:
+    class Size(Objective):
+        def __call__(
+            self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+        ) -> Tensor:
+            return x.square().sum(dim=1)
+
+    x = torch.arange(8.0).reshape(4, 2)
+    loss, band = Size().validate(Flow(Zero(), VP()), x, None, Noise(0))
+    assert loss.tolist() == [1, 13, 41, 85] and band.tolist() == [0, 0, 0, 0]
 
 
 def test_two_devices_have_the_losses_of_one(mixture: GaussianMixture) -> None:

@@ -151,6 +151,12 @@ def test_sample_never_takes_a_component_of_weight_zero() -> None:
     mixture = GaussianMixture([[0.0], [1.0], [2.0]], [0.1, 0.1, 0.1], [0.0, 1.0, 0.0])
     assert mixture.sample(Noise(0), 1000)[1].unique().tolist() == [1]
 
+    class Zero(Noise):
+        def uniform(self, n: int) -> Tensor:
+            return torch.zeros(n)  # it is one of the numbers that may be drawn
+
+    assert mixture.sample(Zero(0), 10)[1].unique().tolist() == [1]
+
 
 def test_expected_score_is_zero(mixture: GaussianMixture) -> None:
     """E[φ] = 0 and E[x φᵀ] = −I, by integration by parts: sample and score are of one law."""

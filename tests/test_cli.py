@@ -1,0 +1,216 @@
+"""The doors, opened as a person would."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import ROOT, fit, launch, read
+
+from pipeline.cli import main
+from pipeline.samplers import DDIM, Heun
+
+PROMPT = "a small red circle at the top left"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(tmp_path_factory.mktemp("cli") / "run")
+
+
+def draw(run: Path, out: Path, *args: str) -> dict:
+    assert main(["generate", "--checkpoint", str(run), "--out", str(out), *args]) == 0
+    return json.loads((out / "manifest.json").read_text())
+
+
+def test_pictures_say_how_they_were_made(run: Path, tmp_path: Path) -> None:
+    manifest = draw(run, tmp_path / "out", PROMPT, "a blue square", "--number", "2", "--seed", "5")
+    assert [one["seed"] for one in manifest["samples"]] == [5, 6, 5, 6]
+    for one in manifest["samples"]:
+        with Image.open(tmp_path / "out" / one["file"]) as picture:
+            assert picture.size == (32, 32)
+            told = json.loads(picture.text["Settings"])  # type: ignore[attr-defined]
+        assert told["prompt"] == one["prompt"] and told["seed"] == one["seed"]
+        assert told["sampler"]["steps"] == 2 and told["guidance"]["scale"] == 2.0
+    assert (tmp_path / "out" / "sheet.png").exists()
+
+
+def pixels(out: Path, i: int) -> bytes:
+    with Image.open(out / f"{i:05d}.png") as picture:
+        return picture.tobytes()
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(run: Path, tmp_path: Path) -> None:
+    """Alone, among others, in another micro-batch of the same size: the same to the last bit."""
+    draw(run, tmp_path / "alone", PROMPT, "--number", "1", "--micro-batch", "4")
+    others = ["a large green cross", "a much longer prompt with many words in it", PROMPT]
+    draw(run, tmp_path / "among", *others, "--number", "3", "--micro-batch", "4")
+    assert pixels(tmp_path / "alone", 0) == pixels(tmp_path / "among", 6)
+    assert pixels(tmp_path / "among", 6) != pixels(tmp_path / "among", 7)  # another seed
+    draw(run, tmp_path / "wide", PROMPT, "--number", "1", "--micro-batch", "7")
+    with Image.open(tmp_path / "wide" / "00000.png") as picture:
+        wide = torch.tensor(list(picture.tobytes()))
+    alone = torch.tensor(list(pixels(tmp_path / "alone", 0)))
+    assert (wide - alone).abs().max() <= 1  # of 255: the order of summation inside of layers
+
+
+def test_another_sampler_is_really_used(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[object] = []
+    for cls in (Heun, DDIM):
+        step = cls.step
+        monkeypatch.setattr(
+            cls, "step", lambda self, *args, step=step: used.append(self) or step(self, *args)
+        )
+    draw(run, tmp_path / "own", PROMPT, "--number", "1")
+    assert [type(one) for one in used] == [Heun]  # 2 times, 1 step between
+    used.clear()
+    ddpm = str(ROOT / "conf/sampler/ddpm.yaml")
+    manifest = draw(
+        run, tmp_path / "ddpm", PROMPT, "--number", "1", "--sampler", ddpm, "--steps", "5"
+    )
+    assert [type(one) for one in used] == [DDIM] * 4 and {one.eta for one in used} == {1.0}  # type: ignore
+    assert manifest["sampler"] == {"class": "DDIM", "steps": 5, "rho": 5.0, "eta": 1.0}
+    assert pixels(tmp_path / "own", 0) != pixels(tmp_path / "ddpm", 0)
+
+
+def test_scale_0_ignores_the_prompt(run: Path, tmp_path: Path) -> None:
+    draw(run, tmp_path / "out", PROMPT, "a large blue square", "--number", "1", "--scale", "0")
+    assert pixels(tmp_path / "out", 0) == pixels(tmp_path / "out", 1)
+    draw(run, tmp_path / "one", PROMPT, "a large blue square", "--number", "1", "--scale", "1")
+    assert pixels(tmp_path / "one", 0) != pixels(tmp_path / "one", 1)
+
+
+def test_the_average_is_what_is_drawn_with(run: Path, tmp_path: Path) -> None:
+    checkpoint = read(run)
+    for name, weight in checkpoint["ema"].items():
+        checkpoint["state_dict"][name] = torch.zeros_like(weight)
+    torch.save(checkpoint, tmp_path / "zeros.ckpt")
+    draw(run, tmp_path / "a", PROMPT, "--number", "1")
+    draw(tmp_path / "zeros.ckpt", tmp_path / "b", PROMPT, "--number", "1")
+    assert pixels(tmp_path / "a", 0) == pixels(tmp_path / "b", 0)
+
+
+def test_prompts_from_a_file_and_from_standard_input(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n\n  a green triangle \n")
+    manifest = draw(run, tmp_path / "a", "--prompts", str(file), "--number", "1")
+    assert [one["prompt"] for one in manifest["samples"]] == [PROMPT, "a green triangle"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cross\n"))
+    manifest = draw(run, tmp_path / "b", "--prompts", "-", "--number", "1")
+    assert [one["prompt"] for one in manifest["samples"]] == ["a cross"]
+
+
+def test_without_a_prompt_the_run_chooses(run: Path, tmp_path: Path) -> None:
+    manifest = draw(run, tmp_path / "out", "--number", "1")
+    assert len(manifest["samples"]) == 2  # what the sample sheet shows
+
+
+def test_evaluate_prints_accuracy_beside_chance(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "result.json"
+    args = ["evaluate", "--checkpoint", str(run), "--number", "5", "--out", str(result)]
+    assert main(args) == 0
+    told = json.loads(result.read_text())
+    assert told["chance"]["all"] == pytest.approx(1 / 240) and 0 <= told["accuracy"]["mean"] <= 1
+    assert "prompts shuffled" in capsys.readouterr().out
+    assert result.with_suffix(".png").exists()
+
+
+def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that bad input ends in."""
+    capsys.readouterr()
+    assert main(args) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "Traceback" not in said
+    return said
+
+
+def test_bad_input_ends_in_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generate = ["generate", "--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    assert "no trained model" in sentence(["generate", PROMPT], capsys)
+    assert "nowhere.ckpt" in sentence(["generate", PROMPT, "--checkpoint", "nowhere.ckpt"], capsys)
+    assert "Prompt 2 is empty" in sentence([*generate, PROMPT, "  "], capsys)
+    assert "--number 0" in sentence([*generate, PROMPT, "--number", "0"], capsys)
+    assert "steps = 0" in sentence([*generate, PROMPT, "--steps", "0"], capsys)
+    assert "none.txt" in sentence([*generate, "--prompts", "none.txt"], capsys)
+    assert "none.yaml" in sentence([*generate, PROMPT, "--sampler", "none.yaml"], capsys)
+    assert "cuda:7" in sentence([*generate, PROMPT, "--device", "cuda:7"], capsys)
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "holds no prompt" in sentence([*generate, "--prompts", "empty.txt"], capsys)
+    (tmp_path / "file").write_text("")
+    assert "file/out" in sentence([*generate[:3], PROMPT, "--out", "file/out"], capsys)
+    (tmp_path / "broken.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:1000])
+    assert "cut short" in sentence(["generate", PROMPT, "--checkpoint", "broken.ckpt"], capsys)
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    said = sentence(["generate", PROMPT, "--checkpoint", "foreign.ckpt"], capsys)
+    assert "does not say how to build its model" in said
+    assert not (tmp_path / "out").exists()  # nothing is made before all is known to be well
+
+
+def test_earlier_pictures_are_never_overwritten(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(run, tmp_path / "out", PROMPT, "--number", "1")
+    again = ["generate", PROMPT, "--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    assert "holds samples already" in sentence(again, capsys)
+
+
+def test_a_checkpoint_may_not_name_foreign_classes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = read(run)
+    marker = tmp_path / "marker"
+    for path in ("subprocess.Popen", "os.system", "pipeline.generator.torch", "pipeline.cli.main"):
+        node = {"class_path": path, "init_args": {"args": ["touch", str(marker)]}}
+        checkpoint["pipeline"]["denoiser"] = node
+        torch.save(checkpoint, tmp_path / "bad.ckpt")
+        said = sentence(["generate", PROMPT, "--checkpoint", str(tmp_path / "bad.ckpt")], capsys)
+        assert path in said
+    assert not marker.exists()
+
+
+def test_bad_settings_of_training_end_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    u_dim = "--model.denoiser.network.u_dim"
+    capsys.readouterr()
+    assert launch(tmp_path / "run", u_dim, "7") == 2
+    assert "set model.denoiser.init_args.network.init_args.u_dim to 384" in capsys.readouterr().err
+    assert launch(tmp_path / "run", "--data.batch_size", "0") == 2
+    assert "batch_size is 0" in capsys.readouterr().err
+    assert "no-run/config.yaml" in sentence(["fit", "--resume", "no-run"], capsys)
+
+
+def test_resume_spells_out_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run has nothing left to do, and resuming says so by ending well."""
+    step = read(run)["global_step"]
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert read(run)["global_step"] == step
+    assert (run / "config-1.yaml").exists()  # the first config is kept
+
+
+@pytest.mark.parametrize("command", [[], ["fit"], ["generate"], ["evaluate"]])
+def test_help_comes_at_once(command: list[str]) -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline", *command, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and "usage: python -m pipeline" in done.stdout
+    assert "torch" not in done.stderr  # what takes seconds is not imported
+    assert time.monotonic() - start < 30  # hangs, not slowness

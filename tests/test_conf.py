@@ -1,0 +1,111 @@
+"""Every YAML in conf/ builds what it names."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from runs import ROOT
+
+from pipeline import conditioning, guidance, objectives, samplers, schedules
+from pipeline.cli import main
+from pipeline.data import DataModule
+from pipeline.generator import build
+
+CONF = ROOT / "conf"
+TYPES: dict[str, type] = {
+    "callback": pl.Callback,
+    "conditioning": conditioning.Conditioning,
+    "data": DataModule,
+    "guidance": guidance.Guidance,
+    "network": torch.nn.Module,
+    "objective": objectives.Objective,
+    "sampler": samplers.Sampler,
+    "schedule": schedules.Schedule,
+}
+GROUPS = sorted(CONF.glob("*/*.yaml"))
+BUILT = [file for file in GROUPS if file.parent.name in TYPES]
+EXPERIMENTS = [file for file in GROUPS if file.parent.name == "experiment"]
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(CONF))
+
+
+def test_every_group_is_known() -> None:
+    """What is neither built here nor an experiment is part of one."""
+    assert {file.parent.name for file in GROUPS} - set(TYPES) == {
+        "experiment",
+        "optimizer",
+        "trainer",
+    }
+
+
+@pytest.mark.parametrize("file", BUILT, ids=name)
+def test_group_builds(file: Path) -> None:
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(TYPES[file.parent.name], "part", sub_configs=True)
+    built = parser.instantiate(parser.parse_args(["--part", str(file)])).part
+    assert isinstance(built, TYPES[file.parent.name])
+
+
+@pytest.mark.parametrize("file", [f for f in BUILT if f.parent.name != "callback"], ids=name)
+def test_group_states_every_argument(file: Path) -> None:
+    """jsonargparse carries arguments of the same name over to another class: state them all."""
+    node = yaml.safe_load(file.read_text())
+    module, _, cls = node["class_path"].rpartition(".")
+    signature = inspect.signature(getattr(__import__(module, fromlist=[cls]), cls))
+    assert set(node["init_args"]) == set(signature.parameters)
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=name)
+def test_experiment_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, list[str]]
+) -> None:
+    monkeypatch.delenv("PIPELINE_RUN", raising=False)
+    small = ["--data.batch_size", "4", "--run", str(tmp_path / "run")]
+    args = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    own = pictures.get(file.stem, [])
+    assert main(["fit", "-c", str(file), *small, *args, *own]) == 0
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> dict[str, list[str]]:
+    """What stands in for data that do not come with the package: a folder like theirs."""
+    from datasets import ClassLabel, Dataset, Image
+
+    pictures = [{"bytes": _png(k), "path": None} for k in range(8)]
+    rows: dict[str, dict[str, Any]] = {
+        "emoji": {"image": pictures, "caption": [f"face {k}" for k in range(8)]},
+        "cifar10": {"img": pictures, "label": list(range(8))},
+    }
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    for kind, table in rows.items():
+        data = Dataset.from_dict(table).cast_column(next(iter(table)), Image())
+        if kind == "cifar10":
+            data = data.cast_column("label", ClassLabel(names=names))
+        for split in ("train", "test"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            data.to_parquet(tmp_path / kind / f"{split}-00000-of-00001.parquet")
+    cache = ["--data.cache_dir", str(tmp_path / "cache")]
+    return {kind: ["--data.path", str(tmp_path / kind), *cache] for kind in rows}
+
+
+def _png(k: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (30 * k, 0, 255 - 30 * k)).save(file, "png")
+    return file.getvalue()
+
+
+def test_only_descriptions_are_built() -> None:
+    assert build({"a": [1, None, "x"], "b": {"c": 2.0}}) == {"a": [1, None, "x"], "b": {"c": 2.0}}
+    heun = build(yaml.safe_load((CONF / "sampler/heun.yaml").read_text()))
+    assert isinstance(heun, samplers.Heun)
