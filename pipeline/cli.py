@@ -6,6 +6,7 @@ at once.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         if argv[:1] == ["fit"]:
             return fit(argv[1:])
         args = parser.parse_args(argv)
+        args.line = shlex.join(["python", "-m", "pipeline", *argv])
         from pipeline import drawing
 
         return {"generate": drawing.generate, "evaluate": drawing.evaluate}[args.command](args)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -143,7 +142,7 @@ def load(args: Namespace) -> tuple[Generator, dict[str, Any], dict[str, Any]]:
         "shape": list(generator.shape),
         "micro_batch": args.micro_batch,
         "device": device,
-        "command": shlex.join(["python", "-m", "pipeline", *sys.argv[1:]]),
+        "command": args.line,
     }
     return generator, about, settings
 

@@ -105,7 +105,7 @@ def train(argv: list[str]) -> int:
         run.mkdir(parents=True, exist_ok=True)
         text = cli.parser.dump(cli.config, skip_none=False)
         (_unused(run / "config.yaml")).write_text(text)
-        command = shlex.join(["python", "-m", "pipeline", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "pipeline", "fit", *argv])
         print(f"Writing to {run}", file=sys.stderr)
         if cli.config.trainer.logger in (None, True):
             trainer.loggers = loggers(

@@ -48,7 +48,7 @@ def test_every_group_is_known() -> None:
 @pytest.mark.parametrize("file", BUILT, ids=name)
 def test_group_builds(file: Path) -> None:
     parser = LightningArgumentParser()
-    parser.add_subclass_arguments(TYPES[file.parent.name], "part", sub_configs=True)
+    parser.add_subclass_arguments(TYPES[file.parent.name], "part")
     built = parser.instantiate(parser.parse_args(["--part", str(file)])).part
     assert isinstance(built, TYPES[file.parent.name])
 
