@@ -63,7 +63,7 @@ class Generator:
             trust: Packages beside our own whose classes the checkpoint may name.
 
         Raises:
-            UserError: The file is not such a checkpoint.
+            UserError: The file is not such a checkpoint, or its text encoder was changed since.
         """
         checkpoint = read_checkpoint(path)
         about = checkpoint["pipeline"]
@@ -71,15 +71,18 @@ class Generator:
             name: build(about[name], trust)
             for name in ("denoiser", "conditioning", "sampler", "guidance")
         }
-        denoiser = parts["denoiser"]
+        denoiser, conditioning = parts["denoiser"], parts["conditioning"]
+        if conditioning is not None and conditioning.fingerprint() != about["fingerprint"]:
+            raise UserError(
+                f"{path} was trained with another {type(conditioning).__name__} than is here now: "
+                f"put back what {about['conditioning'].get('init_args')} named then."
+            )
         weights = checkpoint["state_dict"] | checkpoint.get("ema", {})
         denoiser.load_state_dict(
             {name.removeprefix("denoiser."): w for name, w in weights.items()}
         )
         denoiser.to(device).eval().requires_grad_(False)
-        return cls(
-            denoiser, parts["conditioning"], about["shape"], parts["sampler"], parts["guidance"]
-        )
+        return cls(denoiser, conditioning, about["shape"], parts["sampler"], parts["guidance"])
 
     @property
     def device(self) -> torch.device:

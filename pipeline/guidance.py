@@ -29,6 +29,9 @@ class Guidance(ABC):
         Arguments:
             denoiser: A conditional denoiser that was trained with condition dropout.
             u_null: The null condition, with shape (1, L, E).
+
+        Raises:
+            ValueError: The guidance needs a null condition and there is none.
         """
 
 
@@ -53,9 +56,11 @@ class ClassifierFree(Guidance):
         self.scale = float(scale)
 
     def __call__(self, denoiser: Denoiser, u_null: Tensor | None) -> Denoiser:
-        return (
-            denoiser if self.scale == 1 or u_null is None else Guided(denoiser, u_null, self.scale)
-        )
+        if self.scale == 1:
+            return denoiser
+        if u_null is None:
+            raise ValueError(f"scale = {self.scale} needs a null condition, and there is none.")
+        return Guided(denoiser, u_null, self.scale)
 
 
 class Guided(Denoiser):

@@ -81,6 +81,7 @@ class ScoreModule(pl.LightningModule):
         return Noise(self.seed, *key, device=self.device, rows=(rank * n, world * n))
 
     def on_fit_start(self) -> None:
+        """Check that the data's condition is what the network takes, and remember which it is."""
         conditioning = getattr(self.trainer.datamodule, "conditioning", None)  # type: ignore[attr-defined]
         have = conditioning.dim if conditioning else 0
         want = getattr(self.denoiser.network, "u_dim", have)
@@ -90,6 +91,7 @@ class ScoreModule(pl.LightningModule):
                 f"conditioning gives {have}: "
                 f"set model.denoiser.init_args.network.init_args.u_dim to {have}."
             )
+        self.description["fingerprint"] = conditioning.fingerprint() if conditioning else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         seen, n = self.batches_seen, len(batch.x)

@@ -18,7 +18,8 @@ def mix(*key: int | str) -> int:
     """A seed in [0, 2⁶³) from a key: different keys give unrelated seeds, the same on every
     machine.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

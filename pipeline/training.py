@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -73,6 +72,20 @@ class CLI(LightningCLI):
                 callback.dirpath = str(self.run_folder)
         return trainer
 
+    def open_run(self, command: str) -> None:
+        """Make the run's folder, and write down how the run was made."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        _unused(self.run_folder / "config.yaml").write_text(text)
+        if self.config.trainer.logger in (None, True):
+            told = yaml.safe_load(text) | {"command": command}
+            self.trainer.loggers = loggers(self.run_folder, self.config.project, told)
+        print(f"Writing to {self.run_folder}", file=sys.stderr)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.model.description = self.describe()
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint has to say, plain data all of it."""
         model = yaml.safe_load(
@@ -92,44 +105,38 @@ class CLI(LightningCLI):
 
 def train(argv: list[str]) -> int:
     """Train, and say how to go on when asked to stop. Returns the exit code."""
-    warnings.filterwarnings(
-        "ignore", message=".*does not have many workers.*"
-    )  # the loader gathers from a memory map
-    for noise in ("args parameter is intended to run", "LeafSpec", "exists and is not empty"):
-        warnings.filterwarnings("ignore", message=f".*{noise}.*")  # Lightning's, about itself
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quiet()
     cli = CLI(argv)
-    trainer, model, run = cli.trainer, cli.model, cli.run_folder
-    model.description = cli.describe()
+    trainer, run = cli.trainer, cli.run_folder
     if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        run.mkdir(parents=True, exist_ok=True)
-        text = cli.parser.dump(cli.config, skip_none=False)
-        (_unused(run / "config.yaml")).write_text(text)
-        command = shlex.join(["python", "-m", "pipeline", "fit", *argv])
-        print(f"Writing to {run}", file=sys.stderr)
-        if cli.config.trainer.logger in (None, True):
-            trainer.loggers = loggers(
-                run, cli.config.project, yaml.safe_load(text) | {"command": command}
-            )
+        cli.open_run(shlex.join(["python", "-m", "pipeline", "fit", *argv]))
+    last = cli.config.ckpt_path
     try:
-        trainer.fit(
-            model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True
-        )
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=True)
     except Stopped as stopped:
-        if trainer.is_global_zero:
-            print(
-                f"\nStopped at step {stopped.step}; the checkpoint is {stopped.path}\n"
-                f"Go on with:   python -m pipeline fit --resume {run}\n"
-                f"Draw with:    python -m pipeline generate --checkpoint {run}",
-                file=sys.stderr,
-            )
-        return 128 + stopped.signum if stopped.signum in (signal.SIGINT, signal.SIGTERM) else 1
-    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        print(
-            f"Trained {trainer.global_step} steps. Draw with:   python -m pipeline generate "
-            f"--checkpoint {run}"
+        trainer.print(
+            f"\nStopped at step {stopped.step}; the checkpoint is {stopped.path}\n"
+            f"Go on with:  python -m pipeline fit --resume {run}\n"
+            f"Draw with:   python -m pipeline generate --checkpoint {run}",
+            file=sys.stderr,
         )
+        return 128 + stopped.signum
+    trainer.print(f"Trained {trainer.global_step} steps.", file=sys.stderr)
+    trainer.print(f"Draw with:   python -m pipeline generate --checkpoint {run}", file=sys.stderr)
     return 0
+
+
+def quiet() -> None:
+    """Silence what the libraries say about themselves."""
+    for said in (
+        "does not have many workers",  # the loader gathers from a memory map
+        "args parameter is intended to run",
+        "LeafSpec",
+        "exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{said}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
 def _unused(file: Path) -> Path:

@@ -38,13 +38,21 @@ def fit(
 def launch(
     folder: Path, *args: str, callbacks: list[dict[str, Any]] | None = None, steps: int = 6
 ) -> int:
+    """Train in this process; the exit code."""
     os.environ.pop("PIPELINE_RUN", None)
+    return main(command(folder, *args, callbacks=callbacks, steps=steps))
+
+
+def command(
+    folder: Path, *args: str, callbacks: list[dict[str, Any]] | None = None, steps: int = 6
+) -> list[str]:
+    """The arguments of `python -m pipeline` for a small run."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tiny = folder.parent / "tiny.yaml"
     trainer = {"callbacks": CALLBACKS if callbacks is None else callbacks, "max_steps": steps}
     tiny.write_text(yaml.safe_dump({"trainer": trainer | {"val_check_interval": 3}}))
     network = "--model.denoiser.network"
-    return main(
+    return (
         ["fit", "-c", str(ROOT / "conf/experiment/shapes.yaml"), "-c", str(tiny)]
         + [f"{network}.widths", "[16, 16]", f"{network}.blocks", "1", f"{network}.patch", "4"]
         + ["--data.per_combination", "1", "--data.batch_size", "8", "--model.warmup", "2"]

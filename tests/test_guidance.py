@@ -59,7 +59,9 @@ def test_scale_1_is_the_denoiser_itself(mixture: GaussianMixture) -> None:
     denoiser = ScoreDenoiser(mixture, VP())
     assert ClassifierFree()(denoiser, torch.zeros(1, 1, 3)) is denoiser
     assert ClassifierFree(1)(denoiser, torch.zeros(1, 1, 3)) is denoiser
-    assert ClassifierFree(3.0)(denoiser, None) is denoiser  # an unconditional model
+    assert ClassifierFree(1.0)(denoiser, None) is denoiser
+    with pytest.raises(ValueError, match="scale = 3.0 needs a null condition"):
+        ClassifierFree(3.0)(denoiser, None)
 
 
 @pytest.mark.parametrize("t", TIMES, ids=["()", "(B,)"])

@@ -38,13 +38,13 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4.2, "large": 7.0}  # half of the extent, in pixels
+SIZES = {"small": 5.0, "large": 7.5}  # half of the extent, in pixels
 POSITIONS = {
-    "top left": (8.5, 8.5),
-    "top right": (23.5, 8.5),
+    "top left": (9.0, 9.0),
+    "top right": (23.0, 9.0),
     "centre": (16.0, 16.0),
-    "bottom left": (8.5, 23.5),
-    "bottom right": (23.5, 23.5),
+    "bottom left": (9.0, 23.0),
+    "bottom right": (23.0, 23.0),
 }
 RELATIONS = {  # where the first object is, and where the second
     "left of": ((8.5, 16.0), (23.5, 16.0)),
@@ -138,7 +138,7 @@ class Shapes(Pictures):
         table_gib: See :class:`pipeline.data.DataModule`.
     """
 
-    jitter = 1.0  # pixels, of the centre, each way
+    jitter = 0.75  # pixels, of the centre, each way
     drop = {"position": 0.15, "size": 0.10}
 
     def __init__(

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CrossAttention", "LevelEmbedding", "SelfAttention", "pool", "width_groups", "zero"]
+__all__ = [
+    "CrossAttention",
+    "LevelEmbedding",
+    "SelfAttention",
+    "check_condition",
+    "pool",
+    "width_groups",
+    "zero",
+]
 
 
 def pool(u: Tensor) -> Tensor:
@@ -39,6 +47,13 @@ class LevelEmbedding(nn.Module):
     def forward(self, level: Tensor) -> Tensor:
         angle = level[:, None] * self.omega.to(level.dtype)  # (B, dim / 2)
         return self.layers(torch.cat((angle.cos(), angle.sin()), dim=-1))
+
+
+def check_condition(u: Tensor | None, u_dim: int) -> None:
+    """Raise `ValueError` unless u is given exactly where a network takes one, with its width."""
+    have = 0 if u is None else u.shape[-1]
+    if have != u_dim:
+        raise ValueError(f"The network takes a condition of width {u_dim} and was given {have}.")
 
 
 def zero(layer: nn.Linear | nn.Conv2d) -> None:

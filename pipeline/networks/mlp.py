@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.networks.layers import LevelEmbedding, pool, zero
+from pipeline.networks.layers import LevelEmbedding, check_condition, pool, zero
 
 __all__ = ["MLP"]
 
@@ -43,6 +43,7 @@ class MLP(nn.Module):
             u: The condition, with shape (B, L, E); its tokens are averaged. `None` where u_dim is
                 0.
         """
+        check_condition(u, self.u_dim)
         parts = [x, self.level(level)] if u is None else [x, pool(u), self.level(level)]
         h = self.input(torch.cat(parts, dim=-1))  # (B, width)
         for block in self.blocks:

@@ -10,6 +10,7 @@ from pipeline.networks.layers import (
     CrossAttention,
     LevelEmbedding,
     SelfAttention,
+    check_condition,
     pool,
     width_groups,
     zero,
@@ -152,6 +153,7 @@ class UNet(nn.Module):
             u: The condition, with shape (B, L, E); `None` where u_dim is 0.
         """
         self._check(x)
+        check_condition(u, self.u_dim)
         h = F.pixel_unshuffle(x, self.patch)  # (B, C·p², H/p, W/p)
         c = self.level(level)
         if self.modulate is not None and u is not None:

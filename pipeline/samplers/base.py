@@ -41,7 +41,7 @@ class Sampler(ABC):
         rho: The exponent :math:`\rho`; larger puts more of the times at low noise.
     """
 
-    def __init__(self, steps: int, rho: float = 7.0) -> None:
+    def __init__(self, steps: int, rho: float) -> None:
         if steps < 1 or not rho > 0:
             raise ValueError(f"steps = {steps} must be at least 1 and rho = {rho} positive.")
         self.steps, self.rho = steps, rho

@@ -1,0 +1,72 @@
+"""Drawn pictures beside the true ones, and beside their nearest neighbours in the training data.
+
+For captions of the training data and for captions never seen: what the model draws, the true
+picture of that caption, and the training picture nearest to the drawn one (least mean square
+difference of pixels). A drawn picture equal to its neighbour is a memory, not an invention.
+
+    python benchmarks/neighbours.py --checkpoint runs/emoji/TIME --out docs/emoji.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline.generator import Generator, build, read_checkpoint
+from pipeline.guidance import ClassifierFree
+from pipeline.png import contact_sheet, to_uint8
+
+
+def spaced(n: int, count: int) -> np.ndarray:
+    """count rows of n, evenly spaced."""
+    return np.linspace(0, n - 1, min(count, n)).round().astype(int)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint or a run's folder")
+    parser.add_argument("--seen", type=int, default=32, help="captions of the training data")
+    parser.add_argument("--unseen", type=int, default=16, help="captions never seen")
+    parser.add_argument("--scale", type=float, default=None, help="guidance (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="neighbours.png")
+    args = parser.parse_args()
+    path = Path(args.checkpoint)
+    path = path / "last.ckpt" if path.is_dir() else path
+    generator = Generator.from_checkpoint(path)
+    if args.scale is not None:
+        generator.guidance = ClassifierFree(args.scale)
+    data = build(read_checkpoint(path)["pipeline"]["data"])
+    train, val = data.rows("train"), data.rows("val")
+    training = torch.from_numpy(np.asarray(train.x)).flatten(1).float()  # (N, C·H·W)
+    cells, captions, distances = [], [], {"seen": [], "unseen": []}
+    for split, rows, count in (("seen", train, args.seen), ("unseen", val, args.unseen)):
+        places = spaced(len(rows.x), count)
+        prompts = [rows.values[i] for i in places]
+        x = torch.cat(list(generator(prompts, range(args.seed, args.seed + len(prompts)))))
+        drawn = to_uint8(x).cpu()
+        away = torch.cdist(drawn.flatten(1).float(), training) / training.shape[1] ** 0.5
+        near = away.argmin(dim=1)
+        distances[split] = away.min(dim=1).values.tolist()
+        true_away = torch.cdist(torch.from_numpy(rows.x[places]).flatten(1).float(), training)
+        if split == "unseen":  # how near a true unseen picture lies to the training data
+            distances["true unseen"] = (
+                true_away.min(dim=1).values / training.shape[1] ** 0.5
+            ).tolist()
+        for i, (place, j) in enumerate(zip(places, near, strict=True)):
+            truth, neighbour = torch.from_numpy(rows.x[place]), torch.from_numpy(train.x[int(j)])
+            cells += [drawn[i], truth, neighbour]
+            captions += [f"{split}: {prompts[i]}", "true", f"nearest: {train.values[int(j)]}"]
+    contact_sheet(torch.stack(cells), captions, columns=12, side=64).save(args.out)
+    medians = {split: float(np.median(d)) for split, d in distances.items()}
+    print("root mean square difference from the nearest training picture, of 255, median:")
+    print(json.dumps(medians))
+
+
+if __name__ == "__main__":
+    main()
