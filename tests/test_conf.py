@@ -92,7 +92,10 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
             (tmp_path / kind).mkdir(exist_ok=True)
             data.to_parquet(tmp_path / kind / f"{split}-00000-of-00001.parquet")
     cache = ["--data.cache_dir", str(tmp_path / "cache")]
-    return {kind: ["--data.path", str(tmp_path / kind), *cache] for kind in rows}
+    small = {"cifar10": ["--model.denoiser.network.widths", "[16, 32, 32]"]}  # it is for a GPU
+    return {
+        kind: ["--data.path", str(tmp_path / kind), *cache, *small.get(kind, [])] for kind in rows
+    }
 
 
 def _png(k: int) -> bytes:
