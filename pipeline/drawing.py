@@ -153,7 +153,8 @@ def told(part: object) -> dict[str, Any] | None:
 
 def bar(generator: Generator, number: int, args: Namespace) -> tqdm:
     steps = -(-number // args.micro_batch) * generator.sampler.steps
-    return tqdm(total=steps, desc="Drawing", unit="step", mininterval=0.5)
+    interval = 0.5 if sys.stderr.isatty() else 15.0  # a log wants few lines
+    return tqdm(total=steps, desc="Drawing", unit="step", mininterval=interval)
 
 
 def newest() -> Path:

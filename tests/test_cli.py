@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoders import tiny_encoder
 from PIL import Image
 from runs import ROOT, fit, launch, read
 
@@ -214,3 +215,27 @@ def test_help_comes_at_once(command: list[str]) -> None:
     assert done.returncode == 0 and "usage: python -m pipeline" in done.stdout
     assert "torch" not in done.stderr  # what takes seconds is not imported
     assert time.monotonic() - start < 30  # hangs, not slowness
+
+
+@pytest.mark.parametrize("kind", ["clip_text", "t5"])
+def test_any_text_encoder_goes_the_whole_way(kind: str, tmp_path: Path) -> None:
+    """fit → checkpoint → generate with an encoder that is not the packaged one."""
+    encoder = tiny_encoder(kind, tmp_path / kind)
+    width = ["--model.denoiser.network.u_dim", "16"]
+    run = fit(tmp_path / "run", "--data.conditioning.name", str(encoder), *width, steps=2)
+    manifest = draw(run, tmp_path / "out", "a red circle", "--number", "1")
+    assert manifest["samples"][0]["prompt"] == "a red circle"
+
+
+def test_an_encoder_changed_since_training_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = tiny_encoder("bert", tmp_path / "bert")
+    width = ["--model.denoiser.network.u_dim", "16"]
+    run = fit(tmp_path / "run", "--data.conditioning.name", str(encoder), *width, steps=1)
+    for file in encoder.iterdir():
+        file.unlink()
+    tiny_encoder("clip_text", encoder)  # of the same width
+    assert "trained with another TextEncoder" in sentence(
+        ["generate", PROMPT, "--checkpoint", str(run)], capsys
+    )

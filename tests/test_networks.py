@@ -17,7 +17,7 @@ from pipeline.networks.layers import (
     pool,
     width_groups,
 )
-from pipeline.networks.unet import Block
+from pipeline.networks.unet import Block, _places
 from pipeline.noise import Noise
 
 WAYS = {
@@ -387,3 +387,16 @@ def test_low_precision_keeps_the_condition() -> None:
         low = network(x, LEVEL.float(), u).float()
     # 8 bits, some dozen layers: 5% of the output's own size
     assert (low - y).square().mean().sqrt() < 0.05 * y.square().mean().sqrt()
+
+
+def test_coordinates() -> None:
+    y, x = _places(torch.zeros(2, 5, 3, 4))[1]
+    assert torch.equal(y[:, 0], torch.tensor([-1.0, 0.0, 1.0])) and torch.equal(y[:, 0], y[:, 3])
+    assert torch.allclose(x[0], torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0]))
+    blank = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    for told in (False, True):
+        network = unet(u_dim=0, modulate=False, coordinates=told, widths=(8,), blocks=1)
+        out = network(blank, LEVEL[:1])
+        # two places far from every border, which five convolutions behind a fold by 2 do not reach
+        same = torch.allclose(out[..., 24:26, 24:26], out[..., 36:38, 36:38], atol=CLOSE)
+        assert same is not told

@@ -322,3 +322,13 @@ def test_it_recovers_the_score_given_u(family: type, mixture: GaussianMixture) -
     assert sum(learned) < sum(untrained) / 20
     assert sum(swapped) / 12 > 1
     assert sum(dropped) / 12 > 0.05
+
+    x, k = mixture.sample(Noise("validation"), 2000)
+    u = torch.eye(3)[k][:, None]
+    with torch.no_grad():
+        own, other = (
+            dsm.validate(denoiser, x.float(), given, Noise("validate"))[0]
+            for given in (u, u.roll(1, 0))
+        )
+    gap = other - own  # on the same noise and levels: a paired comparison
+    assert gap.mean() > 10 * gap.std() / 2000**0.5

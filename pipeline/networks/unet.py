@@ -68,6 +68,9 @@ class UNet(nn.Module):
         | Diffusion Models Beat GANs on Image Synthesis
         |   (Dhariwal & Nichol, 2021): the modulation by scale and shift
         | https://arxiv.org/abs/2105.05233
+        | An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution
+        |   (Liu et al., 2018): the coordinates
+        | https://arxiv.org/abs/1807.03247
 
     Arguments:
         channels: The number C of channels of the picture; 3 for RGB, 1 for grey.
@@ -80,6 +83,9 @@ class UNet(nn.Module):
             and joined to the picture as; 0 for none.
         modulate: Whether the averaged tokens join the level embedding.
         attend: The stages with cross-attention to the tokens.
+        coordinates: Whether each place is told where it is, as two more channels in [-1, 1]. A
+            convolution knows a place only by its distance from the border; captions that name
+            places are learned sooner with it.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class UNet(nn.Module):
         concat: int = 0,
         modulate: bool = True,
         attend: Sequence[int] = (),
+        coordinates: bool = False,
     ) -> None:
         super().__init__()
         for name, stages in (("attention", attention), ("attend", attend)):
@@ -119,7 +126,9 @@ class UNet(nn.Module):
             else None
         )
         self.concat = nn.Linear(u_dim, concat) if concat else None
-        self.input = nn.Conv2d(channels * patch**2 + concat, widths[0], 3, padding=1)
+        self.coordinates = coordinates
+        width_in = channels * patch**2 + concat + 2 * coordinates
+        self.input = nn.Conv2d(width_in, widths[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
@@ -161,6 +170,8 @@ class UNet(nn.Module):
         if self.concat is not None and u is not None:
             planes = self.concat(pool(u))[:, :, None, None].expand(-1, -1, *h.shape[2:])
             h = torch.cat((h, planes), dim=1)
+        if self.coordinates:
+            h = torch.cat((h, _places(h)), dim=1)
         c = F.silu(c)
         h, skips = self.input(h), []
         for k, stages in enumerate(self.down):
@@ -186,3 +197,9 @@ class UNet(nn.Module):
                 f"its sides must be multiples of {fold}; change the size, patch or the number "
                 f"of widths."
             )
+
+
+def _places(h: Tensor) -> Tensor:
+    """The coordinates y and x of each place of a map, from -1 to 1, with shape (B, 2, H, W)."""
+    y, x = (torch.linspace(-1, 1, n, dtype=h.dtype, device=h.device) for n in h.shape[2:])
+    return torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(len(h), -1, -1, -1)
