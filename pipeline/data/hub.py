@@ -91,7 +91,8 @@ class Hub(Pictures):
             reason = " ".join(str(error).split())[:200]
             where = "" if is_here(self.path) else "is no file or folder here and "
             raise UserError(
-                f"data.path {self.path!r} {where}cannot be loaded as a data set: {reason}."
+                f"data.path {self.path!r} {where}cannot be loaded as a data set: {reason}. "
+                "Give --data.path a folder, parquet files, or a data set that the Hub has."
             ) from error
         finally:
             enable_progress_bars()
