@@ -11,7 +11,7 @@ import pytest
 import torch
 from encoders import tiny_encoder
 from PIL import Image
-from runs import ROOT, fit, launch, read
+from tiny import ROOT, fit, launch, read
 
 from pipeline.cli import main
 from pipeline.samplers import DDIM, Heun

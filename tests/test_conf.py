@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
-from runs import ROOT
+from tiny import ROOT
 
 from pipeline import conditioning, guidance, objectives, samplers, schedules
 from pipeline.cli import main

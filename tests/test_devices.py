@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, command, fit, read
+from tiny import ROOT, command, fit, read
 
 
 def two(folder: Path, *args: str, steps: int = 6) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import CALLBACKS, equal, fit, launch, read
+from tiny import CALLBACKS, equal, fit, launch, read
 from torch import Tensor, nn
 
 from pipeline.callbacks import EMA

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import launch
+from tiny import launch
 
 from pipeline import tracking
 
