@@ -43,7 +43,7 @@ def main() -> None:
         generator.guidance = ClassifierFree(args.scale)
     data = build(read_checkpoint(path)["pipeline"]["data"])
     train, val = data.rows("train"), data.rows("val")
-    training = torch.from_numpy(np.asarray(train.x)).flatten(1).float()  # (N, C·H·W)
+    training = torch.from_numpy(np.array(train.x)).flatten(1).float()  # (N, C·H·W)
     cells, captions, distances = [], [], {"seen": [], "unseen": []}
     for split, rows, count in (("seen", train, args.seen), ("unseen", val, args.unseen)):
         places = spaced(len(rows.x), count)
@@ -53,13 +53,18 @@ def main() -> None:
         away = torch.cdist(drawn.flatten(1).float(), training) / training.shape[1] ** 0.5
         near = away.argmin(dim=1)
         distances[split] = away.min(dim=1).values.tolist()
-        true_away = torch.cdist(torch.from_numpy(rows.x[places]).flatten(1).float(), training)
+        true_away = torch.cdist(
+            torch.from_numpy(np.array(rows.x[places])).flatten(1).float(), training
+        )
         if split == "unseen":  # how near a true unseen picture lies to the training data
             distances["true unseen"] = (
                 true_away.min(dim=1).values / training.shape[1] ** 0.5
             ).tolist()
         for i, (place, j) in enumerate(zip(places, near, strict=True)):
-            truth, neighbour = torch.from_numpy(rows.x[place]), torch.from_numpy(train.x[int(j)])
+            truth, neighbour = (
+                torch.from_numpy(np.array(rows.x[place])),
+                torch.from_numpy(np.array(train.x[int(j)])),
+            )
             cells += [drawn[i], truth, neighbour]
             captions += [f"{split}: {prompts[i]}", "true", f"nearest: {train.values[int(j)]}"]
     contact_sheet(torch.stack(cells), captions, columns=12, side=64).save(args.out)
