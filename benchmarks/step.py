@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline.tracking import loggers
-from pipeline.training import CLI
+from pipeline.training import CLI, keep_memory
 
 
 class Compare(pl.Callback):
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
+    keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         steps = args.steps * (args.blocks + 1)
         cli = CLI(

@@ -1,5 +1,6 @@
 """`fit`: from YAML to a trained run in a folder of its own."""
 
+import ctypes
 import logging
 import os
 import shlex
@@ -106,6 +107,7 @@ class CLI(LightningCLI):
 def train(argv: list[str]) -> int:
     """Train, and say how to go on when asked to stop. Returns the exit code."""
     quiet()
+    keep_memory()
     cli = CLI(argv)
     trainer, run = cli.trainer, cli.run_folder
     if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -124,6 +126,19 @@ def train(argv: list[str]) -> int:
     trainer.print(f"Trained {trainer.global_step} steps.", file=sys.stderr)
     trainer.print(f"Draw with:   python -m pipeline generate --checkpoint {run}", file=sys.stderr)
     return 0
+
+
+def keep_memory() -> None:
+    """Make the C library keep the memory that a step frees, for the next step to take again.
+
+    Given back to the system, each page is fetched and cleared anew: some 4,000 page faults and 4 %
+    of a step of the default experiment on a CPU. Where there is no glibc, nothing changes.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # the names that malloc.h gives to these numbers
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 def quiet() -> None:

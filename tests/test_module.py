@@ -102,7 +102,9 @@ def module(**settings: Any) -> ScoreModule:
 def place(made: ScoreModule, rank: int, world: int, seen: int = 5) -> ScoreModule:
     progress = SimpleNamespace(total=SimpleNamespace(processed=seen))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    made._trainer = SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)  # type: ignore
+    made._trainer = SimpleNamespace(  # type: ignore
+        global_rank=rank, world_size=world, fit_loop=loop, global_step=0, log_every_n_steps=1
+    )
     return made
 
 
@@ -217,6 +219,64 @@ def test_average_follows_the_weights() -> None:
     torch.testing.assert_close(
         ema.average[name], 0.5 * (decay * before + (1 - decay) * after) + 0.5 * after
     )
+
+
+def test_average_of_every_third_step_decays_by_three_steps() -> None:
+    made, ema = module(), EMA(decay=0.5, every=3)
+    trainer: Any = SimpleNamespace(global_step=998)
+    ema.on_train_start(trainer, made)
+    name, weight = next(iter(made.named_parameters()))
+    before = weight.detach().clone()
+    weight.data.add_(1)
+    for step in (999, 1000, 1001):  # of these, 999 is a multiple of three
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, made)
+    torch.testing.assert_close(ema.average[name], before / 8 + (before + 1) * 7 / 8)
+
+
+@pytest.mark.parametrize("length", [0.3, 50.0])  # below the limit and above it
+def test_fused_clipping_is_clipping(length: float) -> None:
+    """The step of a fused optimizer is that on gradients which were clipped before."""
+    steps = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(7))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        made = module()
+        for k in range(2):
+            direction = torch.arange(7.0) - k
+            weight.grad = length * direction / direction.norm()
+            if fused:
+                made.configure_gradient_clipping(optimizer, 1.0)
+            else:
+                torch.nn.utils.clip_grad_norm_([weight], 1.0)
+            optimizer.step()
+        steps.append(weight.detach().clone())
+    torch.testing.assert_close(*steps, rtol=1e-6, atol=1e-6)  # clip_grad_norm_ adds 1e-6
+
+
+def test_step_with_a_gradient_that_is_not_finite_is_skipped() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    made = module()
+    weight.grad = torch.tensor([1.0, float("nan"), 1.0])
+    made.configure_gradient_clipping(optimizer, 1.0)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+    weight.grad = torch.ones(3)
+    made.configure_gradient_clipping(optimizer, 1.0)
+    optimizer.step()
+    assert (weight < 1).all()
+
+
+def test_reseeding_decides_what_layers_draw_and_keeps_nothing() -> None:
+    made = module()
+    made.reseed(5)
+    a = torch.rand(3)
+    waiting = len(torch.cuda._queued_calls)
+    made.reseed(5)
+    assert torch.equal(a, torch.rand(3))
+    assert len(torch.cuda._queued_calls) == waiting  # torch.manual_seed leaves a trace each time
 
 
 def test_average_is_in_place_while_validating_and_never_saved_as_weights() -> None:

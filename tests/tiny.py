@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 CALLBACKS = [
     {"class_path": "pipeline.callbacks.Progress"},
     {"class_path": "pipeline.callbacks.Precision", "init_args": {"choice": "float32"}},
-    {"class_path": "pipeline.callbacks.EMA", "init_args": {"decay": 0.9}},
+    {"class_path": "pipeline.callbacks.EMA", "init_args": {"decay": 0.9, "every": 1}},
     {"class_path": "pipeline.callbacks.SampleSheet", "init_args": {"number": 2}},
     {"class_path": "pipeline.callbacks.Last"},
     {

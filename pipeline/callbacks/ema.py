@@ -14,21 +14,25 @@ class EMA(pl.Callback):
     it.
 
     .. math:: \bar\theta \leftarrow d_k \, \bar\theta + (1 - d_k) \, \theta, \quad
-        d_k = \min\left(d, \frac{1 + k}{10 + k}\right)
+        d_k = \min\left(d, \frac{1 + k}{10 + k}\right)^m
 
-    after optimizer step k. Checkpoints hold θ as the model's weights and :math:`\bar\theta` under
-    "ema", whenever they are written.
+    after every m-th optimizer step k. Checkpoints hold θ as the model's weights and
+    :math:`\bar\theta` under "ema", whenever they are written.
 
     Arguments:
-        decay: The decay d in [0, 1).
+        decay: The decay d of one step, in [0, 1).
+        every: The number m of steps between two updates, at least 1. An average over hundreds of
+            steps hardly differs, and each update reads and writes all weights.
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.999, every: int = 1) -> None:
         if not 0 <= decay < 1:
             raise ValueError(
                 f"decay = {decay} must lie in [0, 1); 0.999 averages over about 1,000 steps."
             )
-        self.decay = decay
+        if every < 1:
+            raise ValueError(f"every = {every} must be at least 1.")
+        self.decay, self.every = decay, every
         self.average: dict[str, Tensor] = {}
         self.step = 0
         self.swapped = False
@@ -38,16 +42,18 @@ class EMA(pl.Callback):
         for name, average in self.average.items():  # loaded from a checkpoint, on the CPU
             fresh[name].copy_(average)
         self.average, self.step = fresh, trainer.global_step
+        self.weights = [p for _, p in _trained(pl_module)]
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
     ) -> None:
-        if trainer.global_step == self.step:  # gradients were accumulated only
+        k, stepped = trainer.global_step, trainer.global_step > self.step  # else accumulated only
+        self.step = k
+        if not stepped or k % self.every:
             return
-        self.step = k = trainer.global_step
-        decay = min(self.decay, (1 + k) / (10 + k))
-        weights = [p.data for _, p in _trained(pl_module)]
+        decay = min(self.decay, (1 + k) / (10 + k)) ** self.every
+        weights = [p.data for p in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)  # type: ignore
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
