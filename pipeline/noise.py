@@ -54,7 +54,7 @@ class Noise:
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers with the shape (B, *), type and device of another tensor."""
-        shape = (self._total(len(like)), *like.shape[1:])
+        shape = like.shape if self.rows is None else (self.rows[1], *like.shape[1:])
         drawn = torch.randn(shape, generator=self.generator, device=self.device, dtype=like.dtype)
         return self._ours(drawn, len(like)).to(like.device)
 
@@ -101,15 +101,23 @@ class PictureNoise:
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(mix("picture", seed)) for seed in seeds]
 
+    def _check(self, n: int) -> None:
+        if n != len(self.generators):
+            raise ValueError(
+                f"{n} rows of noise were asked for with {len(self.generators)} seeds."
+            )
+
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers with the shape (B, *), type and device of another tensor; B =
         number of seeds.
         """
-        if len(like) != len(self.generators):
-            raise ValueError(
-                f"{len(like)} rows of noise were asked for with {len(self.generators)} seeds."
-            )
+        self._check(len(like))
         rows = [
             torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators
         ]
         return torch.stack(rows).to(like.device)
+
+    def uniform(self, n: int) -> Tensor:
+        """Numbers uniform in [0, 1), independent, with shape (B,); B = number of seeds."""
+        self._check(n)
+        return torch.stack([torch.rand((), generator=g) for g in self.generators])

@@ -65,6 +65,9 @@ def test_normal_and_uniform_have_their_laws() -> None:
     q = noise.uniform(20_000)
     assert stats.kstest(q.numpy(), "uniform").pvalue > P
     assert q.min() >= 0 and q.max() < 1
+    each = PictureNoise(range(10))
+    pictures = torch.cat([each.uniform(10) for _ in range(500)])
+    assert stats.kstest(pictures.numpy(), "uniform").pvalue > P
     assert PictureNoise(range(2)).normal(torch.zeros(2, 9000)).std().item() == pytest.approx(
         1,
         abs=4 / 36_000**0.5,  # 4 standard errors of a standard deviation, 1/√(2n)
@@ -108,19 +111,21 @@ def test_a_spread_average_has_less_variance() -> None:
 def test_a_picture_has_its_noise_in_any_company() -> None:
     def draw(*seeds: int) -> list[Tensor]:
         noise, x = PictureNoise(seeds), torch.zeros(len(seeds), 3, 4, 4)
-        return [noise.normal(x), noise.normal(x)]
+        return [noise.normal(x), noise.uniform(len(x)), noise.normal(x)]
 
     alone = draw(7)
     for seeds in ((7, 1, 2), (1, 7), (3, 2, 1, 0, 7), (7, 7)):
         for a, b in zip(alone, draw(*seeds), strict=True):
             assert torch.equal(a[0], b[seeds.index(7)])
-    a, b = draw(7, 8)
+    a, _, b = draw(7, 8)
     assert not torch.equal(a[0], a[1]) and not torch.equal(a[0], b[0])
 
 
 def test_as_many_seeds_as_rows() -> None:
     with pytest.raises(ValueError, match="3 rows .* 2 seeds"):
         PictureNoise([1, 2]).normal(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="3 rows .* 2 seeds"):
+        PictureNoise([1, 2]).uniform(3)
 
 
 def test_the_global_generator_is_left_alone() -> None:

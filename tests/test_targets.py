@@ -1,12 +1,33 @@
-"""The Gaussian mixture, on which everything else is tested, against torch.distributions."""
+"""Targets against closed forms, torch.distributions and their own exact draws."""
+
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
-from pipeline.mcmc import GaussianMixture
+from pipeline.mcmc import (
+    Banana,
+    Density,
+    Funnel,
+    Gaussian,
+    GaussianMixture,
+    Laplace,
+    Law,
+    NoDensity,
+    Scaled,
+    StudentT,
+    Target,
+)
 from pipeline.noise import Noise
 
 LINE = GaussianMixture(
@@ -168,3 +189,178 @@ def test_expected_score_is_zero(mixture: GaussianMixture) -> None:
     products = x[:, :, None] * phi[:, None, :]
     standard_error = products.std(dim=0) / n**0.5
     assert ((products.mean(dim=0) + torch.eye(2)).abs() < 4 * standard_error).all()
+
+
+COVARIANCE = torch.tensor([[2.0, -0.6], [-0.6, 0.5]], dtype=torch.float64)
+MEAN = torch.tensor([0.3, -1.0], dtype=torch.float64)
+LAWS: list[Law] = [
+    Gaussian(MEAN, COVARIANCE),
+    Gaussian(MEAN, torch.tensor([2.0, 0.1], dtype=torch.float64)),
+    Laplace(2),
+    Banana(0.3, 2.0),
+    Funnel(3, 1.5),
+    StudentT(2, 5),
+]
+
+
+def of(law: object) -> str:
+    return type(law).__name__
+
+
+ZERO = torch.zeros((), dtype=torch.float64)  # distributions of numbers alone are float32
+
+
+def normal(mean: Tensor | float, std: Tensor | float, x: Tensor) -> Tensor:
+    return Normal(ZERO + mean, ZERO + std).log_prob(x)
+
+
+def banana(x: Tensor) -> Tensor:
+    return normal(0, 2, x[:, 0]) + normal(0.3 * (x[:, 0] ** 2 - 4), 1, x[:, 1])
+
+
+def funnel(x: Tensor) -> Tensor:
+    return normal(0, 1.5, x[:, 0]) + normal(0, torch.exp(x[:, :1] / 2), x[:, 1:]).sum(dim=1)
+
+
+def student(x: Tensor) -> Tensor:
+    return torch.from_numpy(stats.multivariate_t([0, 0], torch.eye(2), df=5).logpdf(x))
+
+
+REFERENCES: list[Callable[[Tensor], Tensor]] = [
+    MultivariateNormal(MEAN, COVARIANCE).log_prob,
+    lambda x: normal(MEAN, torch.tensor([2.0, 0.1], dtype=torch.float64).sqrt(), x).sum(dim=1),
+    lambda x: torch.distributions.Laplace(ZERO, ZERO + math.sqrt(0.5)).log_prob(x).sum(dim=1),
+    banana,
+    funnel,
+    student,
+]
+
+
+@pytest.mark.parametrize("i", range(len(LAWS)))
+def test_law_has_the_log_prob(i: int) -> None:
+    law = LAWS[i]
+    x = 1.5 * Noise("laws").normal(torch.zeros(200, law.dim, dtype=torch.float64))
+    expected = REFERENCES[i](x)
+    assert ((law.log_prob(x) - expected).abs() < 10 * CLOSE * (1 + expected.abs())).all()
+
+
+@pytest.mark.parametrize("law", LAWS, ids=of)
+def test_law_has_the_score(law: Law) -> None:
+    x = 1.5 * Noise("laws").normal(torch.zeros(200, law.dim, dtype=torch.float64))
+    log_prob, score = law.log_prob_and_score(x)
+    assert torch.equal(log_prob, law.log_prob(x)) and torch.equal(score, law.score(x))
+    gradient = Density(law.log_prob).score(x)
+    assert ((score - gradient).abs() < 10 * CLOSE * (1 + gradient.abs())).all()
+
+
+@pytest.mark.parametrize("law", LAWS, ids=of)
+def test_law_is_what_it_draws(law: Law) -> None:
+    """E[φ] = 0 and E[x φᵀ] = −I, by integration by parts: draws and score are of one law."""
+    n = 40_000
+    x = law.draw(Noise("stein"), n).double()
+    phi = law.score(x)
+    assert x.shape == (n, law.dim)
+    assert (phi.mean(dim=0).abs() < 4 * phi.std(dim=0) / n**0.5).all()  # 4 standard errors
+    products = x[:, :, None] * phi[:, None, :]
+    standard_error = products.std(dim=0) / n**0.5
+    assert ((products.mean(dim=0) + torch.eye(law.dim)).abs() < 4 * standard_error).all()
+
+
+def test_marginals() -> None:
+    """Where a coordinate's law has a name, the draws follow it."""
+    marginals = [
+        (Gaussian(MEAN, COVARIANCE), 1, stats.norm(-1.0, math.sqrt(0.5))),
+        (Laplace(2), 0, stats.laplace(0, 1 / math.sqrt(2))),
+        (Laplace(2), 1, stats.laplace(0, 1 / math.sqrt(2))),
+        (Banana(0.3, 2.0), 0, stats.norm(0, 2)),
+        (Funnel(3, 1.5), 0, stats.norm(0, 1.5)),
+        (StudentT(2, 5), 1, stats.t(5)),
+    ]
+    for law, i, marginal in marginals:
+        x = law.draw(Noise("marginal"), 20_000)[:, i]
+        p = stats.kstest(x.numpy(), marginal.cdf).pvalue
+        assert p > 1e-3 / len(marginals), law  # seeded; one level for all, by Bonferroni
+
+
+def test_stated_moments() -> None:
+    n = 100_000
+    x = Banana(0.03, 10.0).draw(Noise("banana"), n).double()
+    # 4 standard errors; the fourth central moment of x₂ is taken from the draws
+    for i, variance in enumerate((100.0, 1 + 2 * 0.03**2 * 10**4)):
+        square = x[:, i] ** 2
+        assert abs(x[:, i].mean()) < 4 * math.sqrt(variance / n)
+        assert abs(square.mean() - variance) < 4 * square.std() / n**0.5
+    assert Laplace(3).draw(Noise("laplace"), n).var().item() == pytest.approx(
+        1,
+        abs=4 * math.sqrt(5 / (3 * n)),  # the square of a Laplace variable has variance 6 − 1
+    )
+
+
+def test_density_takes_a_function_and_a_distribution() -> None:
+    x = points(50)
+    law = Gaussian(MEAN, COVARIANCE)
+    for density in (
+        Density(MultivariateNormal(MEAN, COVARIANCE).log_prob),
+        Density(lambda x: -0.5 * ((x - MEAN) @ law.precision * (x - MEAN)).sum(dim=1)),
+    ):
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+            with mode():
+                log_prob, score = density.log_prob_and_score(x.clone())
+            assert torch.allclose(score, law.score(x), rtol=1e-11, atol=1e-11)
+            assert not score.requires_grad and not log_prob.requires_grad
+            difference = log_prob - law.log_prob(x)  # up to a constant
+            assert (difference - difference[0]).abs().max() < 1e-11
+    # independent coordinates need not be said to be one event
+    coordinates = Density(Normal(MEAN, 0.7).log_prob)
+    whole = Independent(Normal(MEAN, 0.7), 1).log_prob(x)
+    assert torch.allclose(coordinates.log_prob(x), whole, rtol=CLOSE)
+    picture = Density(Normal(0, 1).log_prob)
+    assert picture.log_prob(torch.zeros(2, 1, 3, 3)).shape == (2,)
+
+
+def test_scaled_is_a_change_of_units() -> None:
+    scale = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    law, z = Banana(0.3, 2.0), points(50)
+    scaled = Scaled(law, scale)
+    log_prob, score = scaled.log_prob_and_score(z)
+    assert torch.allclose(score, Density(scaled.log_prob).score(z), rtol=1e-11)
+    assert torch.equal(scaled.score(z), score) and torch.equal(scaled.log_prob(z), log_prob)
+    assert torch.equal(log_prob, law.log_prob(scale * z))
+
+
+def test_a_target_may_have_a_score_only() -> None:
+    class Pull(Target):
+        def score(self, x: Tensor) -> Tensor:
+            return -x
+
+    for ask in (Pull().log_prob, Pull().log_prob_and_score):
+        with pytest.raises(NoDensity, match="Pull has a score and no density"):
+            ask(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("covariance", "reason"),
+    [
+        ([[1.0, 0.0]], "must be"),
+        ([1.0, 2.0, 3.0], "must be"),
+        ([1.0, 0.0], "positive definite"),
+        ([[1.0, 2.0], [2.0, 1.0]], "positive definite"),
+        ([[1.0, 0.5], [0.4, 1.0]], "symmetric"),
+    ],
+)
+def test_a_covariance_is_checked(covariance: list, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Gaussian([0.0, 0.0], covariance)
+
+
+def test_arguments_are_checked() -> None:
+    for make in (
+        lambda: Banana(std=0),
+        lambda: Funnel(1),
+        lambda: Funnel(2, -1.0),
+        lambda: StudentT(0),
+        lambda: StudentT(2, 0),
+        lambda: Laplace(0),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            make()

@@ -1,3 +1,52 @@
-from pipeline.mcmc.targets import GaussianMixture, Target
+from pipeline.mcmc.kernels import (
+    HMC,
+    MALA,
+    ULA,
+    HalfDenoising,
+    Info,
+    Kernel,
+    Metropolis,
+    MetropolisHastings,
+    State,
+)
+from pipeline.mcmc.nuts import NUTS
+from pipeline.mcmc.run import Draws, run
+from pipeline.mcmc.targets import (
+    Banana,
+    Density,
+    Funnel,
+    Gaussian,
+    GaussianMixture,
+    Laplace,
+    Law,
+    NoDensity,
+    Scaled,
+    StudentT,
+    Target,
+)
 
-__all__ = ["GaussianMixture", "Target"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "NUTS",
+    "ULA",
+    "Banana",
+    "Density",
+    "Draws",
+    "Funnel",
+    "Gaussian",
+    "GaussianMixture",
+    "HalfDenoising",
+    "Info",
+    "Kernel",
+    "Laplace",
+    "Law",
+    "Metropolis",
+    "MetropolisHastings",
+    "NoDensity",
+    "Scaled",
+    "State",
+    "StudentT",
+    "Target",
+    "run",
+]

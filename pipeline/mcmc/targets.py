@@ -1,31 +1,358 @@
 r"""Targets: laws that can be evaluated, up to a constant.
 
 What a sampler needs of a law is its score :math:`\nabla_x \log p(x)` and, to correct its own
-errors, the density. A Gaussian mixture has both in closed form, keeps them when noise is added,
-and its components can be classes: it is the truth against which everything that learns or samples
-is tested.
+errors, the density up to a constant. `Density` makes both of any function with a gradient. The
+`Law` members are known in full and can be drawn from: they are the truth against which everything
+that learns or samples is tested. Among them the Gaussian mixture keeps its closed form when noise
+is added, and its components can be classes.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.noise import Noise
 
-__all__ = ["GaussianMixture", "Target"]
+__all__ = [
+    "Banana",
+    "Density",
+    "Funnel",
+    "Gaussian",
+    "GaussianMixture",
+    "Laplace",
+    "Law",
+    "NoDensity",
+    "Scaled",
+    "StudentT",
+    "Target",
+]
+
+
+class NoDensity(ValueError):
+    """A density was asked of a target that has a score only."""
 
 
 class Target(ABC):
-    """A law with a score and, where it has one, a log-density up to a constant (`log_prob`)."""
+    """A law with a score and, where it has one, a log-density up to a constant."""
 
     @abstractmethod
     def score(self, x: Tensor) -> Tensor:
-        r"""The score :math:`\nabla_x \log p(x)`, with the shape of x, (B, D)."""
+        r"""The score :math:`\nabla_x \log p(x)`, with the shape of x, :math:`(B, *)`."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density up to a constant, with shape (B,).
+
+        Raises:
+            NoDensity: The target has a score only.
+        """
+        raise NoDensity(f"{type(self).__name__} has a score and no density.")
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, with shapes (B,) and :math:`(B, *)`; what they share is computed once."""
+        return self.log_prob(x), self.score(x)
 
 
-class GaussianMixture(Target):
+class Density(Target):
+    r"""The law of a log-density that torch can differentiate: a function, or the `log_prob` of an
+    object of `torch.distributions`.
+
+    Its support must be all of space: a bounded variable is to be mapped there first
+    (`torch.distributions.TransformedDistribution`).
+
+    Arguments:
+        function: A function of x, with shape :math:`(B, *)`, that gives :math:`\log p(x)` up to a
+            constant with shape (B,); more dimensions, such as those of independent coordinates,
+            are summed. Row i of its value must depend on row i of x alone.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.function(x).reshape(len(x), -1).sum(dim=1)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.log_prob_and_score(x)[1]
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().detach().requires_grad_()
+            log_prob = self.log_prob(x)
+            (score,) = torch.autograd.grad(log_prob.sum(), x)
+        return log_prob.detach(), score
+
+
+class Scaled(Target):
+    r"""The law of :math:`z = x / c`, a change of units of each coordinate.
+
+    .. math:: \log p_z(z) = \log p(c z) + \text{const}, \quad \nabla_z \log p_z(z) = c \, \phi(c z)
+
+    A kernel on z is the kernel on x with the diagonal mass matrix :math:`c^{-2}`.
+
+    References:
+        | MCMC using Hamiltonian dynamics (Neal, 2011), section 4.1
+        | https://arxiv.org/abs/1206.1901
+
+    Arguments:
+        target: The law of x.
+        scale: The units c, positive, with the shape of one x.
+    """
+
+    def __init__(self, target: Target, scale: Tensor) -> None:
+        self.target, self.scale = target, scale
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.scale * self.target.score(self.scale * x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.target.log_prob(self.scale * x)
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, score = self.target.log_prob_and_score(self.scale * x)
+        return log_prob, self.scale * score
+
+
+class Law(Target):
+    """A target known in full: its density is there, and exact independent draws."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """The number D of coordinates of x, (B, D)."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density, with shape (B,)."""
+
+    @abstractmethod
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        """n independent points, with shape (n, D)."""
+
+
+def _floats(values: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    values = torch.as_tensor(values)
+    return values if values.is_floating_point() else values.to(torch.get_default_dtype())
+
+
+class Gaussian(Law):
+    r"""A Gaussian with any covariance.
+
+    .. math:: \log p(x) = - \tfrac{1}{2} (x - m)^T C^{-1} (x - m) - \tfrac{1}{2} \log |2 \pi C|
+
+    Arguments:
+        mean: The mean m, with shape (D,).
+        covariance: The covariance C, with shape (D, D), or the variances, with shape (D,).
+    """
+
+    def __init__(
+        self,
+        mean: Tensor | Sequence[float],
+        covariance: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    ) -> None:
+        self.mean = _floats(mean)
+        self.covariance = _floats(covariance).to(self.mean)
+        d = len(self.mean)
+        if self.covariance.shape not in ((d,), (d, d)):
+            raise ValueError(
+                f"covariance has shape {tuple(self.covariance.shape)}; with {d} means it must be "
+                f"({d}, {d}), or ({d},) for variances."
+            )
+        full = self.covariance.diag() if self.covariance.ndim == 1 else self.covariance
+        factor, failed = torch.linalg.cholesky_ex(full)
+        if failed or (full != full.mT).any():
+            raise ValueError(
+                f"covariance {self.covariance.tolist()} must be symmetric and positive definite."
+            )
+        inverse = torch.cholesky_inverse(factor)
+        self.factor = factor
+        self.precision = inverse.diagonal().clone() if self.covariance.ndim == 1 else inverse
+        self.log_norm = -factor.diagonal().log().sum() - d / 2 * math.log(2 * math.pi)
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    def _offset_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        offset, precision = self.mean.to(x) - x, self.precision.to(x)
+        return offset, offset * precision if precision.ndim == 1 else offset @ precision
+
+    def score(self, x: Tensor) -> Tensor:
+        return self._offset_and_score(x)[1]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.log_prob_and_score(x)[0]
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        offset, score = self._offset_and_score(x)
+        square = torch.linalg.vecdot(offset, score)
+        return torch.sub(self.log_norm.to(x), square, alpha=0.5), score
+
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        return self.mean + noise.normal(self.mean.expand(n, -1)) @ self.factor.mT
+
+
+class Laplace(Law):
+    r"""Independent coordinates of the lecture's Laplace law, of unit variance.
+
+    .. math:: p(x) = \prod_i \tfrac{1}{\sqrt{2}} \exp(- \sqrt{2} |x_i|),
+        \quad \phi_i(x) = - \sqrt{2} \, \text{sign}(x_i)
+
+    Arguments:
+        dim: The number D of coordinates.
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        if dim < 1:
+            raise ValueError(f"dim is {dim}; it must be at least 1.")
+        self._dim = dim
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -math.sqrt(2) * x.abs().sum(dim=-1) - self.dim / 2 * math.log(2)
+
+    def score(self, x: Tensor) -> Tensor:
+        return -math.sqrt(2) * x.sign()
+
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        # (a² + b²) / 2 is exponential, and the difference of two exponentials is Laplace
+        a, b, c, d = noise.normal(torch.empty(n, 4, self.dim)).unbind(dim=1)
+        return (a**2 + b**2 - c**2 - d**2) / math.sqrt(8)
+
+
+class Banana(Law):
+    r"""A Gaussian bent along a parabola.
+
+    .. math:: x_1 \sim N(0, s^2), \quad x_2 \mid x_1 \sim N\big(b (x_1^2 - s^2), 1\big)
+
+    Its mean is 0 and its variances are :math:`s^2` and :math:`1 + 2 b^2 s^4`.
+
+    References:
+        | Adaptive proposal distribution for random walk Metropolis algorithm
+        |   (Haario, Saksman & Tamminen, 1999), section 4
+        | https://doi.org/10.1007/s001800050022
+
+    Arguments:
+        curvature: The curvature b.
+        std: The standard deviation s of the first coordinate, positive.
+    """
+
+    def __init__(self, curvature: float = 0.03, std: float = 10.0) -> None:
+        if not std > 0:
+            raise ValueError(f"std is {std}; it must be positive.")
+        self.curvature, self.std = curvature, std
+
+    @property
+    def dim(self) -> int:
+        return 2
+
+    def _straight(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two independent Gaussian coordinates of which x is the bent image."""
+        return x[:, 0], x[:, 1] - self.curvature * (x[:, 0] ** 2 - self.std**2)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        a, b = self._straight(x)
+        return -0.5 * ((a / self.std) ** 2 + b**2) - math.log(2 * math.pi * self.std)
+
+    def score(self, x: Tensor) -> Tensor:
+        a, b = self._straight(x)
+        return torch.stack((2 * self.curvature * a * b - a / self.std**2, -b), dim=-1)
+
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        a, b = noise.normal(torch.empty(n, 2)).unbind(dim=1)
+        a = self.std * a
+        return torch.stack((a, b + self.curvature * (a**2 - self.std**2)), dim=-1)
+
+
+class Funnel(Law):
+    r"""Neal's funnel: the scale of the other coordinates is the exponential of the first.
+
+    .. math:: x_1 \sim N(0, s^2), \quad x_i \mid x_1 \sim N(0, e^{x_1}), \quad i = 2, …, D
+
+    No fixed step suits both its mouth and its neck.
+
+    References:
+        | Slice Sampling (Neal, 2003), section 8
+        | https://doi.org/10.1214/aos/1056562461
+
+    Arguments:
+        dim: The number D of coordinates, at least 2.
+        std: The standard deviation s of the first coordinate, positive.
+    """
+
+    def __init__(self, dim: int = 10, std: float = 3.0) -> None:
+        if dim < 2 or not std > 0:
+            raise ValueError(f"dim = {dim} must be at least 2 and std = {std} positive.")
+        self._dim, self.std = dim, std
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.log_prob_and_score(x)[0]
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.log_prob_and_score(x)[1]
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v, rest, others = x[:, :1], x[:, 1:], self.dim - 1
+        pull = -rest * torch.exp(-v)
+        square = -(rest * pull).sum(dim=-1, keepdim=True)  # |rest|² / eᵛ
+        score = torch.cat((0.5 * (square - others) - v / self.std**2, pull), dim=-1)
+        log_norm = -math.log(self.std) - self.dim / 2 * math.log(2 * math.pi)
+        log_prob = -0.5 * ((v / self.std) ** 2 + others * v + square)[:, 0] + log_norm
+        return log_prob, score
+
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        x = noise.normal(torch.empty(n, self.dim))
+        v = self.std * x[:, :1]
+        return torch.cat((v, torch.exp(v / 2) * x[:, 1:]), dim=-1)
+
+
+class StudentT(Law):
+    r"""A multivariate Student t, whose tails are a power of the distance.
+
+    .. math:: p(x) = \frac{\Gamma((\nu + D) / 2)}{\Gamma(\nu / 2) \, (\nu \pi)^{D / 2}}
+        \Big( 1 + \frac{|x|^2}{\nu} \Big)^{- (\nu + D) / 2},
+        \quad \phi(x) = - \frac{(\nu + D) \, x}{\nu + |x|^2}
+
+    Arguments:
+        dim: The number D of coordinates.
+        freedom: The degrees of freedom ν, a whole number of at least 1. The variance is
+            :math:`\nu / (\nu - 2)` and is finite above 2.
+    """
+
+    def __init__(self, dim: int = 1, freedom: int = 5) -> None:
+        if dim < 1 or freedom < 1:
+            raise ValueError(f"dim = {dim} and freedom = {freedom} must be at least 1.")
+        self._dim, self.freedom = dim, freedom
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        nu, d = self.freedom, self.dim
+        log_norm = math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
+        return log_norm - (nu + d) / 2 * torch.log1p(x.square().sum(dim=-1) / nu)
+
+    def score(self, x: Tensor) -> Tensor:
+        square = x.square().sum(dim=-1, keepdim=True)
+        return -(self.freedom + self.dim) * x / (self.freedom + square)
+
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        x = noise.normal(torch.empty(n, self.dim + self.freedom))
+        chi_square = x[:, self.dim :].square().sum(dim=-1, keepdim=True)
+        return x[:, : self.dim] * torch.sqrt(self.freedom / chi_square)
+
+
+class GaussianMixture(Law):
     r"""A mixture of spherical Gaussians, whose components may be classes.
 
     .. math:: p(x) = \sum_k w_k \, N(x; m_k, s_k^2 I), \qquad p(x \mid u = k) = N(x; m_k, s_k^2 I)
@@ -48,8 +375,7 @@ class GaussianMixture(Target):
         stds: Tensor | Sequence[float],
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
-        means = torch.as_tensor(means)
-        self.means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
+        self.means = _floats(means)
         kind = {"dtype": self.means.dtype, "device": self.means.device}
         self.stds = torch.as_tensor(stds, **kind)
         if weights is None:
@@ -60,6 +386,10 @@ class GaussianMixture(Target):
                 f"means {tuple(self.means.shape)} need one positive standard deviation each, "
                 f"and stds is {self.stds.tolist()}."
             )
+
+    @property
+    def dim(self) -> int:
+        return self.means.shape[-1]
 
     def _log_joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log w_k N(x; m_k, s_k² I), (B, K), and m_k - x, (B, K, D)."""
@@ -104,3 +434,6 @@ class GaussianMixture(Target):
         k = torch.bucketize(noise.uniform(n).to(edges), edges, right=True)
         means = self.means[k]
         return means + self.stds[k, None] * noise.normal(means), k
+
+    def draw(self, noise: Noise, n: int) -> Tensor:
+        return self.sample(noise, n)[0]

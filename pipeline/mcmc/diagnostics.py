@@ -1,0 +1,100 @@
+"""Diagnostics: whether chains have met, and what their draws are worth.
+
+References:
+    | Rank-normalization, folding, and localization: An improved R̂ for assessing convergence of
+    |   MCMC (Vehtari, Gelman, Simpson, Carpenter & Bürkner, 2021)
+    | https://arxiv.org/abs/1903.08008
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.mcmc.run import Draws
+
+__all__ = ["Summary", "summarise", "table"]
+
+RHAT = 1.01  # above it chains have not met, as the reference has it
+
+
+@dataclass
+class Summary:
+    """What the draws say of each coordinate, and how well: arrays with shape (D,).
+
+    Attributes:
+        mean: The mean.
+        std: The standard deviation.
+        low: The quantile 0.05.
+        high: The quantile 0.95.
+        ess_bulk: The effective sample size of the rank-normalised draws.
+        ess_tail: The least effective sample size of the quantiles 0.05 and 0.95.
+        r_hat: The rank-normalised split R̂.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    ess_bulk: np.ndarray
+    ess_tail: np.ndarray
+    r_hat: np.ndarray
+
+
+def summarise(x: Tensor) -> Summary:
+    """The summary of draws with shape (draws, chains, *), at least 4 draws.
+
+    Warns:
+        UserWarning: R̂ is above 1.01 for some coordinate, or is no number since all draws are one.
+    """
+    from arviz_stats.base.array import array_stats  # it takes a second to import
+
+    if len(x) < 4:
+        raise ValueError(f"{len(x)} draws say nothing of convergence; at least 4 are needed.")
+    chains = x.flatten(2).permute(2, 1, 0).double().cpu().numpy()  # (D, chains, draws)
+    with np.errstate(invalid="ignore"):  # all draws of a chain may be one
+        summary = Summary(
+            mean=chains.mean(axis=(1, 2)),
+            std=chains.std(axis=(1, 2)),
+            low=np.quantile(chains, 0.05, axis=(1, 2)),
+            high=np.quantile(chains, 0.95, axis=(1, 2)),
+            ess_bulk=np.asarray(array_stats.ess(chains, method="bulk")),
+            ess_tail=np.asarray(array_stats.ess(chains, method="tail", prob=(0.05, 0.95))),
+            r_hat=np.asarray(array_stats.rhat(chains)),
+        )
+    worst = summary.r_hat.max()
+    if not worst <= RHAT:
+        warnings.warn(
+            f"R-hat is {worst:.3f} in coordinate {summary.r_hat.argmax()}, above {RHAT}: the "
+            "chains have not met; run them longer, or start them elsewhere.",
+            stacklevel=2,
+        )
+    return summary
+
+
+def table(draws: Draws, most: int = 20) -> str:
+    """The summary of a run as text: its coordinates (where there are many, those with the least
+    effective sample size), and what they cost.
+    """
+    summary = summarise(draws.x)
+    shown = np.argsort(np.minimum(summary.ess_bulk, summary.ess_tail))[:most]
+    lines = [
+        f"{'':>6} {'mean':>9} {'std':>9} {'5 %':>9} {'95 %':>9} {'ESS bulk':>9} {'ESS tail':>9} "
+        f"{'R-hat':>7}"
+    ]
+    for i in sorted(shown):
+        numbers = (summary.mean, summary.std, summary.low, summary.high)
+        lines.append(
+            f"{f'x_{i}':>6} "
+            + " ".join(f"{column[i]:9.4g}" for column in numbers)
+            + f" {summary.ess_bulk[i]:9.0f} {summary.ess_tail[i]:9.0f} {summary.r_hat[i]:7.4f}"
+        )
+    if len(shown) < len(summary.mean):
+        lines.append(f"and {len(summary.mean) - len(shown)} coordinates with more ESS")
+    least = min(summary.ess_bulk.min(), summary.ess_tail.min())
+    rate = 1000 * least / draws.gradients
+    cost = f"{rate:.3g} least ESS per 1,000 of {draws.gradients} gradients"
+    if draws.acceptance is not None and draws.diverged is not None:
+        cost += f"; acceptance {draws.acceptance.mean():.3f}, divergences {draws.diverged.sum()}"
+    return "\n".join([*lines, cost])

@@ -1,0 +1,177 @@
+"""Many chains of a kernel on a target: warm-up, draws, and what went wrong."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.mcmc.adaptation import DualAveraging, Moments, windows
+from pipeline.mcmc.kernels import Kernel, State
+from pipeline.mcmc.targets import Scaled, Target
+from pipeline.noise import Noise, PictureNoise
+
+__all__ = ["Draws", "run"]
+
+
+@dataclass
+class Draws:
+    """What a run has drawn.
+
+    Attributes:
+        x: The points, with shape (draws, chains, *).
+        acceptance: The probability of acceptance in each step, with shape (draws, chains); `None`
+            for an unadjusted kernel.
+        diverged: Where a step met a non-finite density or lost its energy, with the same shape.
+        gradients: The evaluations of the target for the draws, of all chains together; those of
+            chains that wait for others are counted.
+        warmup_gradients: Those of the warm-up.
+        kernel: The kernel of the draws, with the step size that was found.
+        scale: The units of the coordinates that were found, with the shape of one x, or `None`.
+    """
+
+    x: Tensor
+    acceptance: Tensor | None
+    diverged: Tensor | None
+    gradients: int
+    warmup_gradients: int
+    kernel: Kernel
+    scale: Tensor | None
+
+
+@torch.inference_mode()
+def run(
+    target: Target,
+    kernel: Kernel,
+    x: Tensor,
+    draws: int,
+    warmup: int,
+    noise: Noise | PictureNoise,
+    progress: Callable[[], object] | None = None,
+) -> Draws:
+    """Run chains from x, and keep what they visit after the warm-up.
+
+    Where the kernel accepts or rejects, the warm-up finds its step size and the unit of each
+    coordinate, both frozen for the draws; else it only lets the chains forget where they started.
+    The kernel that was given is left as it was.
+
+    Arguments:
+        target: The law to draw from.
+        kernel: The step of the chains.
+        x: Where the chains start, with shape (chains, *).
+        draws: The number of steps that are kept, at least 1.
+        warmup: The number of steps before them.
+        noise: Where the randomness comes from.
+        progress: Called after each step.
+
+    Raises:
+        ValueError: A chain starts where the density is not finite, an unadjusted chain leaves the
+            finite numbers, or the kernel needs a density and the target has none.
+
+    Warns:
+        UserWarning: A step of the draws diverged.
+    """
+    if draws < 1 or warmup < 0:
+        raise ValueError(f"draws is {draws} and warmup {warmup}; at least 1 and 0 are needed.")
+    kernel, state = copy.copy(kernel), kernel.init(target, x)
+    _check_start(state)
+    scale, spent = None, 0
+    if kernel.aim is not None:
+        target, state, scale, spent = _adapt(target, kernel, state, warmup, noise, progress)
+    elif warmup:
+        state, path, info = kernel.draw(target, state, warmup, noise, progress)
+        _check_finite(kernel, path, x, 0)
+        spent = info.gradients
+    start = state.x
+    state, z, info = kernel.draw(target, state, draws, noise, progress)
+    _check_finite(kernel, z, start, warmup)
+    result = Draws(
+        z if scale is None else scale * z,
+        info.acceptance,
+        info.diverged,
+        len(x) * info.gradients,
+        len(x) * spent,
+        kernel,
+        scale,
+    )
+    _warn_diverged(result, warmup)
+    return result
+
+
+def _adapt(
+    target: Target,
+    kernel: Kernel,
+    state: State,
+    warmup: int,
+    noise: Noise | PictureNoise,
+    progress: Callable[[], object] | None,
+) -> tuple[Target, State, Tensor | None, int]:
+    """The target and the state in the units that were found, and the evaluations made; the
+    kernel's step size is set.
+    """
+    scale, spent, ends = None, 0, windows(warmup)
+    scaled, averaging = target, DualAveraging(kernel.aim or 0.5)
+    step, moments = averaging.init(kernel.step_size), Moments.empty(state.x)
+    for i in range(1, warmup + 1):
+        kernel.step_size = math.exp(step.log_step)
+        state, info = kernel.step(scaled, state, noise)
+        step = averaging.update(step, info.acceptance.mean().item())
+        x = state.x if scale is None else scale * state.x
+        moments, spent = moments.update(x), spent + info.gradients
+        if i in ends:
+            scale = moments.scale().to(x)
+            scaled, moments = Scaled(target, scale), Moments.empty(x)
+            state, spent = kernel.init(scaled, x / scale), spent + 1
+            step = averaging.init(math.exp(step.log_average))
+        if progress is not None:
+            progress()
+    if warmup:
+        kernel.step_size = math.exp(step.log_average)
+    return scaled, state, scale, spent
+
+
+def _said(x: Tensor) -> str:
+    values = ", ".join(f"{value:.4g}" for value in x.flatten()[:8].tolist())
+    return f"[{values}, …]" if x.numel() > 8 else f"[{values}]"
+
+
+def _check_start(state: State) -> None:
+    known = [part for part in state if part is not None]
+    finite = torch.stack([part.reshape(len(part), -1).isfinite().all(dim=1) for part in known])
+    wrong = (~finite.all(dim=0)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"Chain {wrong[0]} starts at x = {_said(state.x[wrong[0]])}, where the density or the "
+            "score is not finite; start it where they are."
+        )
+
+
+def _check_finite(kernel: Kernel, path: Tensor, start: Tensor, first: int) -> None:
+    """No chain of a path, (steps, chains, *), that begins with step `first`, has left the finite
+    numbers.
+    """
+    if not path[-1].isfinite().all():  # what is not finite stays so
+        wrong = (~path.flatten(2).isfinite().all(dim=2)).nonzero()
+        step, chain = wrong[0].tolist()
+        before = path[step - 1, chain] if step else start[chain]
+        raise ValueError(
+            f"{type(kernel).__name__} left the finite numbers in chain {chain} at step "
+            f"{first + step}, from x = {_said(before)}; a smaller step is needed."
+        )
+
+
+def _warn_diverged(draws: Draws, warmup: int) -> None:
+    if draws.diverged is None or not draws.diverged.any():
+        return
+    wrong = draws.diverged.nonzero()
+    step, chain = wrong[0].tolist()
+    warnings.warn(
+        f"{type(draws.kernel).__name__} diverged in {len(wrong)} of {draws.diverged.numel()} "
+        f"steps, first in chain {chain} at step {warmup + step}, near x = "
+        f"{_said(draws.x[step, chain])}: the draws avoid what lies there; use a smaller step, or "
+        "other coordinates.",
+        stacklevel=3,
+    )
