@@ -7,7 +7,7 @@ and the score follows from it (Tweedie–Miyasawa):
 .. math:: \phi(x_t \mid u) = \nabla_{x_t} \log p(x_t \mid u)
     = \frac{\alpha_t D(x_t, t, u) - x_t}{\sigma_t^2}
 
-That identity stands here once in each direction, `Denoiser.score` and `ScoreDenoiser`, and nowhere
+That identity stands here once in each direction, `Denoiser.score` and `FromScore`, and nowhere
 else.
 
 A network does not see :math:`x_t` but a scaled copy, and its output is scaled and added to
@@ -21,15 +21,30 @@ References:
     | Tweedie's Formula and Selection Bias (Efron, 2011)
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.mcmc.targets import GaussianMixture, Target
+from pipeline.errors import UserError
+from pipeline.mcmc.targets import GaussianMixture, NoDensity, Scaled, Target
+from pipeline.networks.layers import pool, zero
 from pipeline.schedules import Schedule, expand_as_batch
 
-__all__ = ["EDM", "Denoiser", "Flow", "Preconditioned", "ScoreDenoiser"]
+__all__ = [
+    "EDM",
+    "Denoiser",
+    "Energy",
+    "Extrapolated",
+    "Flow",
+    "FromScore",
+    "Preconditioned",
+    "ScoreDenoiser",
+    "check_twice_differentiable",
+]
 
 
 class Denoiser(nn.Module, ABC):
@@ -60,8 +75,27 @@ class Denoiser(nn.Module, ABC):
         alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
         return (alpha_t * self(x_t, t, u) - x_t) / sigma_t**2
 
+    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        r"""The log-density :math:`\log p(x_t \mid u)`, with shape (B,), up to a constant that
+        depends on t and u.
+
+        Raises:
+            NoDensity: The denoiser has a score only.
+        """
+        raise NoDensity(
+            f"{type(self).__name__} has a score and no density; use pipeline.denoisers.Energy."
+        )
+
+    def log_prob_and_score(
+        self, x_t: Tensor, t: Tensor, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both, with shapes (B,) and that of x_t; what they share is computed once."""
+        return self.log_prob(x_t, t, u), self.score(x_t, t, u)
+
     def at(self, t: Tensor, u: Tensor | None = None) -> Target:
-        """The noisy conditional law at one time, as a target that has a score and no density."""
+        """The noisy conditional law at one time, as a target; it has a density where the denoiser
+        has one.
+        """
         return _AtTime(self, t, u)
 
 
@@ -72,11 +106,95 @@ class _AtTime(Target):
     def score(self, x: Tensor) -> Tensor:
         return self.denoiser.score(x, self.t, self.u)
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.denoiser.log_prob(x, self.t, self.u)
 
-class ScoreDenoiser(Denoiser):
-    r"""The denoiser of a law whose score at every noise level is known.
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.denoiser.log_prob_and_score(x, self.t, self.u)
+
+
+class Extrapolated(Target):
+    r"""The law of clean x, extrapolated from its noisy laws at a few noise ratios.
+
+    The score of :math:`y = x_t / \alpha_t = x + s n` is smooth in :math:`s^2` where the law of x
+    is. The polynomial in :math:`s^2` through its values at :math:`s_1, …, s_K` is at zero
+
+    .. math:: \phi_0(y) \approx \sum_k w_k \, \phi_{s_k}(y), \quad
+        w_k = \prod_{j \neq k} \frac{s_j^2}{s_j^2 - s_k^2}
+
+    with an error of the order of :math:`\prod_k s_k^2`: from two ratios it is :math:`(s_2^2
+    \phi_1 - s_1^2 \phi_2) / (s_2^2 - s_1^2)`, and one ratio stands for itself, the noisy law. The
+    weights sum to one and alternate in sign, so errors of the scores grow by :math:`\sum_k |w_k|`;
+    the nearer the ratios, the more.
+
+    The log-density is the same combination, where the denoiser has one.
+
+    References:
+        | The Deferred Approach to the Limit (Richardson & Gaunt, 1927)
+        | https://doi.org/10.1098/rsta.1927.0008
+
+    Arguments:
+        denoiser: The denoiser, guided or not.
+        ratios: The noise ratios :math:`s_k`, different, each within the schedule's.
+        u: The condition, with shape (B, L, E), or `None`.
+
+    Raises:
+        ValueError: There are no ratios, two are equal, or the schedule does not reach one.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, ratios: Sequence[float], u: Tensor | None = None
+    ) -> None:
+        s = torch.tensor(ratios, dtype=torch.float64)
+        if not len(s) or len(s.unique()) < len(s):
+            raise ValueError(f"ratios = {list(ratios)} must hold at least one, all different.")
+        self.denoiser, self.u, self.times = denoiser, u, denoiser.schedule.time(s)
+        if not torch.allclose(denoiser.schedule.ratio(self.times), s, rtol=1e-6, atol=0):
+            low, high = denoiser.schedule.ratio(torch.tensor([0.0, 1.0]).double()).tolist()
+            raise ValueError(
+                f"ratios = {list(ratios)} must lie between {low:.3g} and {high:.3g}, the noise "
+                f"ratios of the schedule."
+            )
+        self.weights = [math.prod(b**2 / (b**2 - a**2) for b in ratios if b != a) for a in ratios]
+
+    def _laws(self, y: Tensor) -> Iterator[tuple[float, Target]]:
+        """The law of y at each ratio, and its weight."""
+        for weight, t in zip(self.weights, self.times.to(y), strict=True):
+            alpha_t, _ = self.denoiser.schedule(t)
+            yield weight, Scaled(self.denoiser.at(t, self.u), alpha_t)
+
+    def score(self, x: Tensor) -> Tensor:
+        return torch.stack([w * law.score(x) for w, law in self._laws(x)]).sum(dim=0)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density up to a constant, with shape (B,)."""
+        return torch.stack([w * law.log_prob(x) for w, law in self._laws(x)]).sum(dim=0)
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, score = x.new_zeros(len(x)), torch.zeros_like(x)
+        for w, law in self._laws(x):
+            one, slope = law.log_prob_and_score(x)
+            log_prob, score = log_prob + w * one, score + w * slope
+        return log_prob, score
+
+
+class FromScore(Denoiser):
+    r"""A denoiser whose score comes first.
 
     .. math:: D(x_t, t, u) = \frac{x_t + \sigma_t^2 \, \phi(x_t \mid u)}{\alpha_t}
+    """
+
+    @abstractmethod
+    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        """The score, from which D follows."""
+
+    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
+        return (x_t + sigma_t**2 * self.score(x_t, t, u)) / alpha_t
+
+
+class ScoreDenoiser(FromScore):
+    r"""The denoiser of a law whose score at every noise level is known.
 
     Arguments:
         target: The law of clean x.
@@ -87,11 +205,15 @@ class ScoreDenoiser(Denoiser):
         super().__init__(schedule)
         self.target = target
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        alpha_t, sigma_t = self.schedule(t)
-        phi = self.target.diffuse(alpha_t, sigma_t, u).score(x_t)
-        alpha_t, sigma_t = expand_as_batch(alpha_t, x_t), expand_as_batch(sigma_t, x_t)
-        return (x_t + sigma_t**2 * phi) / alpha_t
+    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return self.at(t, u).score(x_t)
+
+    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return self.at(t, u).log_prob(x_t)
+
+    def at(self, t: Tensor, u: Tensor | None = None) -> GaussianMixture:
+        """The noisy conditional law at one time, in closed form: with a density."""
+        return self.target.diffuse(*self.schedule(t), u)
 
 
 class Preconditioned(Denoiser):
@@ -127,9 +249,13 @@ class Preconditioned(Denoiser):
         s = sigma_t / alpha_t
         c_in, c_skip, c_out = (expand_as_batch(c, x_t) for c in self.scales(s))
         y = x_t / expand_as_batch(alpha_t, x_t)
-        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
-            f = self.network(c_in * y, torch.log(s).expand(len(x_t)), u)
-        return c_skip * y + c_out * f.to(x_t.dtype)
+        return c_skip * y + c_out * self.output(c_in * y, s, u)
+
+    def output(self, z: Tensor, s: Tensor, u: Tensor | None) -> Tensor:
+        r"""The network's output :math:`F(z, \log s, u)`, in the type of z."""
+        with torch.autocast(z.device.type, self.precision, enabled=self.precision is not None):
+            f = self.network(z, torch.log(s).expand(len(z)), u)
+        return f.to(z.dtype)
 
     def weight(self, t: Tensor) -> Tensor:
         r"""The weight :math:`1 / c_\text{out}^2` that puts the error of D in units of the
@@ -193,3 +319,109 @@ class Flow(Preconditioned):
     def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         share = 1 / (1 + s)
         return share, share, -s * share
+
+
+class Energy(FromScore, EDM):
+    r"""A denoiser that is the gradient of a density: an energy head.
+
+    The network's output f, which has the shape of x, becomes one number. At
+    :math:`z = c_\text{in} \, y`, whose variance is 1,
+
+    .. math:: \log p(x_t \mid u) = -\tfrac{1}{2} \| z \|^2
+        + \frac{\sigma_d}{s} \big\langle z, f(z, \log s, u) \big\rangle - \log Z(s, u), \quad
+        \phi = \nabla_{x_t} \log p
+
+    by autograd. With :math:`h = \langle z, f \rangle` that score makes :math:`D = c_\text{skip} \,
+    y + c_\text{out} \nabla_z h`: EDM with a gradient for its network, so what keeps input and
+    target at unit variance there does so here, and with f = 0 the law is the normal one of
+    variance :math:`\sigma_d^2` with the noise added.
+
+    Without `normalised` Z is left out. With it, log Z is the normal law's own constant plus a
+    learned function of s and the averaged tokens of u, so that densities can be compared between
+    conditions. Only NCE learns it: leave it out elsewhere, for DDP refuses weights without use.
+
+    Attention is computed by the kernel that has second derivatives. Keep the network in float32
+    where the density is used: it is multiplied by :math:`\sigma_d / s`.
+
+    References:
+        | Should EBMs Model the Energy or the Score? (Salimans & Ho, 2021)
+        | https://openreview.net/forum?id=9AS-TF2jRNb
+        | Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models
+        |   and MCMC (Du et al., 2023)
+        | https://arxiv.org/abs/2302.11552
+
+    Arguments:
+        network: The network f(x, level, u), whose output has the shape of x.
+        schedule: The noise schedule.
+        sigma_data: The standard deviation :math:`\sigma_d` of the data.
+        normalised: Whether log Z is learned.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        sigma_data: float = 0.5,
+        normalised: bool = False,
+    ) -> None:
+        super().__init__(network, schedule, sigma_data)
+        self.normaliser = None
+        if normalised:
+            last = nn.Linear(64, 1)
+            zero(last)
+            width = 1 + getattr(network, "u_dim", 0)
+            self.normaliser = nn.Sequential(nn.Linear(width, 64), nn.SiLU(), last)
+
+    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        alpha_t, sigma_t = self.schedule(t)
+        s = sigma_t / alpha_t
+        c = self.scales(s)[0] / alpha_t
+        z = expand_as_batch(c, x_t) * x_t
+        with sdpa_kernel(SDPBackend.MATH):
+            f = self.output(z, s, u)
+        k = expand_as_batch(self.sigma_data / s, x_t)
+        log_p = (z * (k * f - z / 2)).flatten(1).sum(dim=1)
+        if self.normaliser is None:
+            return log_p
+        level = torch.log(s).expand(len(x_t))[:, None]
+        parts = level if u is None else torch.cat((level, pool(u)), dim=1)
+        log_norm = x_t[0].numel() * torch.log(c / math.sqrt(2 * math.pi))
+        return log_p + log_norm - self.normaliser(parts)[:, 0]
+
+    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return self.log_prob_and_score(x_t, t, u)[1]
+
+    def log_prob_and_score(
+        self, x_t: Tensor, t: Tensor, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both, by one pass forward and one back; where gradients are recorded, in training, they
+        can be differentiated again.
+
+        Raises:
+            UserError: Gradients are recorded and the network is sharded.
+        """
+        record = torch.is_grad_enabled()
+        if record:
+            check_twice_differentiable(self.network)
+        with torch.inference_mode(False), torch.enable_grad():
+            # what was made in inference mode cannot be differentiated, its copy can
+            x_t, t, u = x_t.clone().requires_grad_(), t.clone(), None if u is None else u.clone()
+            log_p = self.log_prob(x_t, t, u)
+            (score,) = torch.autograd.grad(log_p.sum(), x_t, create_graph=record)
+        return (log_p if record else log_p.detach()), score
+
+
+def check_twice_differentiable(network: nn.Module) -> None:
+    """Raise `UserError` if a network is sharded by FSDP2, which frees its weights after the first
+    of two backward passes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in network.modules()):
+        raise UserError(
+            "An energy or a score matched by its derivative is trained through a second backward "
+            "pass, which a network sharded by FSDP2 does not survive: train with strategy ddp, or "
+            "with pipeline.denoisers.EDM and DSM."
+        )

@@ -3,7 +3,7 @@ r"""Guidance: a guided denoiser is a denoiser.
 The lecture's equation (6) asks for :math:`\phi(x \mid u)`. By Bayes' rule
 :math:`\nabla \log p(u \mid x) = \phi(x \mid u) - \phi(x)`, so the score of :math:`p(x) \, p(u \mid
 x)^w` is a linear combination of two learned scores, and, D being linear in the score, of two
-denoisers.
+denoisers; its log-density, up to a constant, is that of the two log-densities.
 """
 
 from abc import ABC, abstractmethod
@@ -71,6 +71,24 @@ class Guided(Denoiser):
         self.denoiser, self.u_null, self.scale = denoiser, u_null, scale
 
     def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return self._combine(self.denoiser(*self._both(x_t, t, u)))
+
+    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return self._combine(self.denoiser.score(*self._both(x_t, t, u)))
+
+    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        return self._combine(self.denoiser.log_prob(*self._both(x_t, t, u)))
+
+    def log_prob_and_score(
+        self, x_t: Tensor, t: Tensor, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        log_p, score = self.denoiser.log_prob_and_score(*self._both(x_t, t, u))
+        return self._combine(log_p), self._combine(score)
+
+    def _both(self, x_t: Tensor, t: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What to evaluate: each row with the null condition, then with its own; at scale 0 the
+        first alone.
+        """
         if u is None:
             raise ValueError(
                 "Guidance needs a condition u, and None was given; draw with scale 1 or with "
@@ -78,9 +96,12 @@ class Guided(Denoiser):
             )
         null, u = align(self.u_null.to(u).expand(len(u), -1, -1), u)
         if self.scale == 0:
-            return self.denoiser(x_t, t, null)
+            return x_t, t, null
         double = t.repeat(2) if t.ndim else t
-        d_null, d = self.denoiser(
-            x_t.repeat(2, *[1] * (x_t.ndim - 1)), double, torch.cat((null, u))
-        ).chunk(2)
-        return torch.lerp(d_null, d, self.scale)
+        return x_t.repeat(2, *[1] * (x_t.ndim - 1)), double, torch.cat((null, u))
+
+    def _combine(self, value: Tensor) -> Tensor:
+        if self.scale == 0:
+            return value
+        null, given = value.chunk(2)
+        return torch.lerp(null, given, self.scale)

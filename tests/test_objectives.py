@@ -1,18 +1,30 @@
-"""Objectives: the laws of levels, where denoising score matching is least, and that it learns."""
+"""Objectives: the laws of levels, where each is least, and that it learns."""
 
 import math
 from collections.abc import Sequence
 
 import pytest
 import torch
+from energies import normal_energy, one_hot
 from scipy import stats
 from torch import Tensor, nn
 
-from pipeline.denoisers import EDM, Denoiser, Flow, Preconditioned, ScoreDenoiser
+from pipeline.denoisers import EDM, Denoiser, Energy, Flow, Preconditioned, ScoreDenoiser
 from pipeline.mcmc.targets import GaussianMixture
 from pipeline.networks import MLP
 from pipeline.noise import Noise
-from pipeline.objectives import DSM, Levels, LogNormal, Objective, UniformTime
+from pipeline.objectives import (
+    DSM,
+    NCE,
+    ConditionalNCE,
+    Levels,
+    LogNormal,
+    Objective,
+    OneLevelDSM,
+    ScoreMatching,
+    SlicedScoreMatching,
+    UniformTime,
+)
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
 SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
@@ -332,3 +344,307 @@ def test_it_recovers_the_score_given_u(family: type, mixture: GaussianMixture) -
         )
     gap = other - own  # on the same noise and levels: a paired comparison
     assert gap.mean() > 10 * gap.std() / 2000**0.5
+
+
+# What follows is exact: expectations over normal laws are sums over nodes, and the model holds
+# every normal law of each class.
+
+CLASSES = torch.tensor([[-0.5, 0.3], [0.4, 0.6]], dtype=torch.float64)  # means, deviations
+CONTRAST = GaussianMixture(torch.tensor([[0.1]], dtype=torch.float64), [0.8])
+SMOOTH = [VE(0.1, 10.0), Rectified(0.05), VP(clip=0.05)]  # their first noise ratio is about 0.1
+
+
+class Nodes(Noise):
+    """Normal numbers that are the nodes of a quadrature, whatever is asked for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def normal(self, like: Tensor) -> Tensor:
+        return self.values.reshape(like.shape)
+
+    def uniform(self, n: int) -> Tensor:
+        return torch.zeros(n)
+
+
+def quadrature(drawn: bool) -> tuple[Tensor, Tensor, Noise, Tensor]:
+    """Nodes of x of either class, their u, the noise, and the weights that make sums means.
+
+    With `drawn` the noise n is independent of x, as in x + σ n; else a node has its own number,
+    as where terms in x and terms in n are added. The trapezoid rule is exact to rounding for a
+    normal law times what is smooth on the scale of its steps.
+    """
+    nodes = torch.linspace(-8, 8, 49 if drawn else 801, dtype=torch.float64)
+    weights = torch.softmax(-(nodes**2) / 2, dim=0)
+    z = noise = nodes
+    if drawn:
+        z, noise = (v.flatten() for v in torch.meshgrid(nodes, nodes, indexing="ij"))
+        weights = torch.outer(weights, weights).flatten()
+    x = torch.cat([m + s * z for m, s in CLASSES])[:, None]
+    u = one_hot(torch.arange(2).repeat_interleave(len(z)), 2)
+    return x, u, Nodes(noise.repeat(2)), weights.repeat(2) / 2
+
+
+def at_time(schedule: Schedule, t: Tensor, sigma: float = 0.0) -> Energy:
+    """The energy that is exact at time t for the laws of the classes with noise sigma."""
+    alpha, (means, stds) = schedule(t)[0], CLASSES.T[:, :, None]
+    return normal_energy(schedule, t, alpha * means, (alpha**2 * (stds**2 + sigma**2))[..., None])
+
+
+ZERO = torch.zeros((), dtype=torch.float64)
+MEMBERS = [  # objective, the noise of the law that it learns, whether noise is added to x
+    (OneLevelDSM(0.4), 0.4, True),
+    (ScoreMatching(), 0.0, False),
+    (SlicedScoreMatching(), 0.0, False),
+    (NCE(CONTRAST), 0.0, False),
+    (NCE(CONTRAST, draws=3), 0.0, False),
+    (ConditionalNCE(0.5), 0.0, True),
+    (ConditionalNCE(0.5, draws=2), 0.0, True),
+]
+
+
+@pytest.mark.parametrize("schedule", SMOOTH, ids=named)
+@pytest.mark.parametrize(("objective", "sigma", "drawn"), MEMBERS)
+def test_the_minimum_is_the_law(
+    objective: Objective, sigma: float, drawn: bool, schedule: Schedule
+) -> None:
+    """From another law to the least value: the score of each class, of clean data or of noisy
+    data, and for NCE the density with its constant.
+    """
+    x, u, noise, weights = quadrature(drawn)
+    t = objective.time(schedule) if isinstance(objective, OneLevelDSM) else ZERO
+    exact, learned = at_time(schedule, t, sigma), at_time(schedule, t, sigma)
+
+    def loss(energy: Energy) -> Tensor:
+        return weights @ objective(energy, x, u, noise)
+
+    # the slope vanishes at the law itself; float64, times slopes of the parameters near (σ_d/s)²
+    least = loss(exact)
+    least.backward()
+    slopes = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
+    assert slopes.abs().max() < 1e-5
+
+    for p in learned.network.parameters():
+        p.data = 0.8 * p.data
+    if isinstance(objective, NCE):
+        learned.normaliser[0].weight.data *= 0.9  # type: ignore[index, operator]
+    assert loss(learned) > least + 1e-3
+    optimizer = torch.optim.LBFGS(
+        learned.parameters(), 1.0, 200, 400, 1e-12, 1e-15, 20, "strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(learned)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    alpha = schedule(t)[0]
+    phi, truth = learned.score(alpha * x, t, u), exact.score(alpha * x, t, u)
+    # the optimizer stops at changes of 1e-12 of a loss near 1: 1e-6 of its arguments
+    assert torch.allclose(phi, truth, rtol=1e-4, atol=1e-4)
+    if isinstance(objective, NCE):
+        log_p = torch.cat([stats_log_prob(k, rows) for k, rows in enumerate(x.chunk(2))])
+        gap = learned.log_prob(alpha * x, t, u) + torch.log(alpha) - log_p
+        assert gap.abs().max() < 1e-3
+
+
+def stats_log_prob(k: int, x: Tensor) -> Tensor:
+    mean, std = CLASSES[k].tolist()
+    return torch.from_numpy(stats.norm(mean, std).logpdf(x[:, 0].numpy()))
+
+
+def test_noisy_law_or_clean_law() -> None:
+    """What the members differ in: the variance that each learns, s² + σ² or s²."""
+    schedule, sigma = SMOOTH[0], 0.4
+    for s in CLASSES[:, 1].tolist():
+        x = torch.tensor([[0.1], [0.2]]).double()
+        u = one_hot(torch.tensor([0, 0]) if s == 0.3 else torch.tensor([1, 1]), 2)
+        t = OneLevelDSM(sigma).time(schedule)
+        noisy, clean = at_time(schedule, t, sigma), at_time(schedule, ZERO)
+        for energy, time, variance in ((noisy, t, s**2 + sigma**2), (clean, ZERO, s**2)):
+            slope = energy.score(x, time, u).diff(dim=0).item() / 0.1  # −1 / variance
+            assert slope == pytest.approx(-1 / variance, rel=1e-6)
+
+
+def test_values_in_closed_form() -> None:
+    schedule = SMOOTH[0]
+    stds, sigma = CLASSES[:, 1], 0.4
+
+    def mean(objective: Objective, energy: Energy, drawn: bool) -> float:
+        x, u, noise, weights = quadrature(drawn)
+        return (weights @ objective(energy, x, u, noise)).item()
+
+    # equation (4): what is left of x when x̃ is known, s² σ² / (s² + σ²)
+    t = OneLevelDSM(sigma).time(schedule)
+    left = (stds**2 * sigma**2 / (stds**2 + sigma**2)).mean().item()
+    value = mean(OneLevelDSM(sigma), at_time(schedule, t, sigma), True)
+    assert value == pytest.approx(left, rel=1e-6)  # the time of a ratio, to float64 and a slope
+    # ½ E φ² − 1 / s² = −1 / 2 s²
+    clean = at_time(schedule, ZERO)
+    for objective in (ScoreMatching(), SlicedScoreMatching()):
+        value = mean(objective, clean, False)
+        assert value == pytest.approx(-(0.5 / stds**2).mean().item(), rel=1e-9)
+    # data like the noise: h = 1 / (1 + ν) everywhere
+    x, u, noise, weights = quadrature(False)
+    variance = (CONTRAST.stds**2).repeat(2)[:, None, None]
+    same = normal_energy(schedule, ZERO, CONTRAST.means.repeat(2, 1), variance)
+    for draws in (1, 3):
+        value = weights @ NCE(CONTRAST, draws)(same, x, u, noise)
+        expected = (1 + draws) * math.log(1 + draws) - draws * math.log(draws)
+        assert value.item() == pytest.approx(expected, rel=1e-9)
+    # no noise: p(y) = p(x)
+    value = mean(ConditionalNCE(1e-9, draws=2), clean, True)
+    assert value == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+def test_conditional_nce_example_by_example() -> None:
+    schedule = Rectified(0.05)
+    energy, alpha = at_time(schedule, ZERO), schedule(ZERO)[0]
+    x = Noise("x").normal(torch.zeros(6, 1, dtype=torch.float64))
+    u = one_hot(torch.arange(6) % 2, 2)
+    noise = Noise("same")
+    y = [x + 0.3 * noise.normal(x) for _ in range(2)]
+    p, *q = (energy.log_prob(alpha * v, ZERO, u).exp() for v in (x, *y))
+    expected = sum(torch.log(1 + q_k / p) for q_k in q)  # 2 / κ = 1
+    loss = ConditionalNCE(0.3, draws=2)(energy, x, u, Noise("same"))
+    assert torch.allclose(loss, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("make", [EDM, Flow, Energy], ids=["EDM", "Flow", "Energy"])
+def test_score_matching_by_finite_differences(make: type[EDM]) -> None:
+    """½ |φ|² + tr ∇φ of a network, on pictures; the signs of the slices together are the trace."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+            assert u is not None
+            return torch.tanh(self.layer(x.flatten(1)) + u.sum(dim=(1, 2))[:, None]).view_as(x)
+
+    schedule = VE(0.1, 10.0)
+    denoiser = make(Net(), schedule)
+    noise = Noise("sm")
+    x = noise.normal(torch.zeros(5, 1, 2, 2, dtype=torch.float64))
+    u = torch.arange(5).double()[:, None, None] / 5
+    phi = denoiser.score(x, ZERO, u)
+    trace = torch.zeros(5).double()
+    for i in range(4):
+        h = 1e-5 * torch.eye(4).double()[i].view(1, 1, 2, 2)
+        slope = (denoiser.score(x + h, ZERO, u) - denoiser.score(x - h, ZERO, u)) / 2e-5
+        trace += slope.flatten(1)[:, i]
+    expected = phi.square().flatten(1).sum(dim=1) / 2 + trace
+    exact = ScoreMatching()(denoiser, x, u, noise)
+    # h² of the third derivative, and rounding / h, of slopes near 100
+    assert torch.allclose(exact, expected, rtol=1e-5, atol=1e-5)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
+    sliced = [
+        SlicedScoreMatching()(denoiser, x, u, Nodes(v.expand(5, 4).reshape(-1))) for v in signs
+    ]
+    assert torch.allclose(torch.stack(sliced).mean(dim=0), exact, rtol=1e-10, atol=1e-10)
+    loss = exact.mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
+    with torch.no_grad():
+        assert torch.allclose(ScoreMatching()(denoiser, x, u, noise), exact)
+
+
+@pytest.mark.parametrize(("objective", "sigma", "drawn"), MEMBERS)
+def test_two_devices_have_the_losses_of_one_without_levels(
+    objective: Objective, sigma: float, drawn: bool
+) -> None:
+    energy = at_time(SMOOTH[0], ZERO)
+    x = Noise("x").normal(torch.zeros(8, 1, dtype=torch.float64))
+    u = one_hot(torch.arange(8) % 2, 2)
+    whole = objective(energy, x, u, Noise("key"))
+    assert whole.shape == (8,)
+    parts = [
+        objective(energy, x[i : i + 4], u[i : i + 4], Noise("key", rows=(i, 8))) for i in (0, 4)
+    ]
+    assert torch.allclose(torch.cat(parts), whole, rtol=1e-9)
+
+
+def test_what_an_objective_needs_is_one_sentence() -> None:
+    x, u = torch.zeros(2, 2), torch.eye(3)[:2][:, None]
+    network, contrast = MLP(2, 3, width=8, depth=1), GaussianMixture([[0.0, 0.0]], [1.0])
+    for denoiser in (EDM(network, VP()), Energy(network, VP())):
+        with pytest.raises(ValueError, match="normalised: true"):
+            NCE(contrast)(denoiser, x, u, Noise(0))
+    with pytest.raises(ValueError, match="EDM has a score and no density"):
+        ConditionalNCE(0.1)(EDM(network, VP()), x, u, Noise(0))
+    with pytest.raises(ValueError, match=r"sigma = 0.001 must lie between 0.002 and 80"):
+        OneLevelDSM(0.001)(EDM(network, VE()), x, u, Noise(0))
+    for make, sentence in (
+        (lambda: OneLevelDSM(0.0), "sigma = 0.0 must be positive"),
+        (lambda: NCE(contrast, 0), "draws = 0"),
+        (lambda: ConditionalNCE(-1.0), "sigma = -1.0"),
+        (lambda: ConditionalNCE(1.0, 0), "draws = 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make()
+
+
+LEARNERS = [  # objective, head, largest error of the score, largest deviation of log p
+    (OneLevelDSM(0.2), Flow, 0.02, None),
+    (OneLevelDSM(0.2), Energy, 0.02, 0.15),
+    (ScoreMatching(), EDM, 0.05, None),
+    (SlicedScoreMatching(), EDM, 0.05, None),
+    (SlicedScoreMatching(), Energy, 0.3, 0.6),
+    (NCE(GaussianMixture([[0.0, 0.0]], [0.8]), draws=4), Energy, 0.2, 0.5),
+    (ConditionalNCE(0.3, draws=4), Energy, 0.05, 0.3),
+]
+
+
+@pytest.mark.parametrize(("objective", "head", "error", "deviation"), LEARNERS)
+def test_every_objective_learns_each_class(
+    objective: Objective,
+    head: type,
+    error: float,
+    deviation: float | None,
+    mixture: GaussianMixture,
+) -> None:
+    """The score, and where there is one the density, of each class; of noisy or of clean data."""
+    torch.manual_seed(0)
+    schedule = VE(0.05, 10.0)
+    settings = {"normalised": True} if isinstance(objective, NCE) else {}
+    denoiser = head(MLP(2, u_dim=3, width=64, depth=2), schedule, **settings)
+    steps = 300
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for i in range(steps):
+        noise = Noise("train", i)
+        x, k = mixture.sample(noise, 256)
+        loss = objective(denoiser, x.float(), torch.eye(3)[k][:, None], noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+
+    one_level = isinstance(objective, OneLevelDSM)
+    t = objective.time(schedule).float() if one_level else torch.zeros(())
+    errors, swapped, gaps = [], [], []
+    for k in range(3):
+        std = torch.hypot(mixture.stds[k], torch.tensor(0.2 if one_level else 0.0))
+        law = GaussianMixture(mixture.means[k : k + 1], std[None])
+        x = law.draw(Noise("test", k), 500)
+        phi = law.score(x)
+        with torch.no_grad():
+            for found, guess in ((errors, k), (swapped, (k + 1) % 3)):
+                u = torch.eye(3)[guess].expand(500, 1, 3)
+                learned = denoiser.score(x.float(), t, u)
+                found.append(((learned - phi).square().sum() / phi.square().sum()).item())
+            if deviation is not None:
+                log_p = denoiser.log_prob(x.float(), t, torch.eye(3)[k].expand(500, 1, 3))
+                gap = log_p - law.log_prob(x)
+                if not isinstance(objective, NCE):  # it alone learns the constant
+                    gap = gap - gap.mean()
+                gaps.append(gap.square().mean().sqrt().item())
+    # measured: at most half of what each row allows; for the wrong class 2 or more, 0.57 for the
+    # energy that was matched by slices, the noisiest of all objectives
+    assert max(errors) < error
+    assert min(swapped) > 0.4
+    assert deviation is None or max(gaps) < deviation

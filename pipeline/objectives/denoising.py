@@ -1,13 +1,15 @@
-r"""Objectives: what is minimised, as one number per example.
+r"""Denoising score matching: noise is added, and the denoiser is to undo it.
 
-The lecture's equation (4), denoising score matching, asks a score to undo noise of one level:
+The lecture's equation (4) does it at one level:
 
 .. math:: J = \sum \| x - [\tilde x + \sigma^2 \phi(\tilde x)] \|^2, \quad \tilde x = x + \sigma n
 
-The bracket is the denoiser D. `DSM` is that sum over a law of levels, each in its own unit.
+The bracket is the denoiser D. `OneLevelDSM` is that sum, `DSM` the same over a law of levels, each
+in its own unit. Both learn the laws of noisy data.
 
 References:
     | A Connection Between Score Matching and Denoising Autoencoders (Vincent, 2011)
+    | https://doi.org/10.1162/NECO_a_00142
 """
 
 from abc import ABC, abstractmethod
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from pipeline.denoisers import Preconditioned
 from pipeline.noise import Noise
+from pipeline.objectives.base import Objective
 from pipeline.schedules import Schedule, expand_as_batch
 
-__all__ = ["DSM", "Levels", "LogNormal", "Objective", "UniformTime"]
+__all__ = ["DSM", "Levels", "LogNormal", "OneLevelDSM", "UniformTime"]
 
 
 class Levels(ABC):
@@ -76,30 +79,49 @@ class LogNormal(Levels):
         return schedule.time(torch.exp(mean + std * torch.special.ndtri(within)))
 
 
-class Objective(ABC):
-    """What is minimised. `bands` names the groups into which a validation loss is divided."""
+class OneLevelDSM(Objective):
+    r"""Denoising score matching at one noise level: the lecture's equation (4).
 
-    bands: tuple[str, ...] = ()
+    .. math:: \| x - [\tilde x + \sigma^2 \phi(\tilde x)] \|^2, \quad \tilde x = x + \sigma n
 
-    @abstractmethod
+    Here :math:`\tilde x = x_t / \alpha_t` and :math:`\phi` is the score of its law, so the bracket
+    is D at the time of noise ratio σ. The least value is reached by the score of the *noisy* law,
+    whose variance is :math:`\sigma^2` larger than that of the data; the other times are not
+    trained.
+
+    References:
+        | A Connection Between Score Matching and Denoising Autoencoders (Vincent, 2011)
+        | https://doi.org/10.1162/NECO_a_00142
+
+    Arguments:
+        sigma: The noise ratio σ, within the schedule's.
+    """
+
+    def __init__(self, sigma: float) -> None:
+        if not sigma > 0:
+            raise ValueError(f"sigma = {sigma} must be positive: it is a noise ratio.")
+        self.sigma = sigma
+
     def __call__(
         self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
     ) -> Tensor:
-        """The loss of each example, with shape (B,).
+        alpha_t, sigma_t = denoiser.schedule(t := self.time(denoiser.schedule).to(x))
+        x_t = alpha_t * x + sigma_t * noise.normal(x)
+        return (denoiser(x_t, t, u) - x).square().flatten(1).sum(dim=1)
 
-        Arguments:
-            denoiser: The denoiser that is trained.
-            x: Clean data, with shape :math:`(B, *)`.
-            u: The condition, with shape (B, L, E), or `None`.
-            noise: Where the levels and the noise come from.
+    def time(self, schedule: Schedule) -> Tensor:
+        """The time at which the noise ratio is sigma, with shape (), in float64.
+
+        Raises:
+            ValueError: The schedule does not reach sigma.
         """
-
-    def validate(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of each example and the index of its band, each with shape (B,)."""
-        loss = self(denoiser, x, u, noise)
-        return loss, torch.zeros_like(loss, dtype=torch.long)
+        low, high = schedule.ratio(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        if not low <= self.sigma <= high:
+            raise ValueError(
+                f"sigma = {self.sigma} must lie between {low:.3g} and {high:.3g}, the noise "
+                f"ratios of the schedule."
+            )
+        return schedule.time(torch.tensor(self.sigma, dtype=torch.float64))
 
 
 class DSM(Objective):
