@@ -1,10 +1,11 @@
-"""`generate` and `evaluate`: from a checkpoint to files."""
+"""`generate`: from a checkpoint to files; and what `evaluate` needs of it."""
 
 import csv
 import json
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.evaluation.adherence import shapes_adherence
 from pipeline.generator import Generator, build, read_checkpoint
 from pipeline.guidance import ClassifierFree
 from pipeline.png import contact_sheet, save, to_uint8
+from pipeline.samplers import State
 
-__all__ = ["evaluate", "generate"]
+__all__ = ["bar", "choose", "generate", "open_model"]
 
 
 def generate(args: Namespace) -> int:
@@ -37,11 +38,12 @@ def generate(args: Namespace) -> int:
     done: list[Tensor] = []
     try:
         with bar(generator, len(values), args) as progress:
-            for x in generator(values, seeds, args.micro_batch, progress.update):
+            for x in generator(values, seeds, args.micro_batch, progress.watch):
                 write(x, len(done), out, about_each, settings)
                 done += x.cpu()
     finally:
         if done:
+            settings |= acceptance(progress.accepted, generator.sampler.steps)
             finish(done, out, about_each, settings, columns=max(args.number, 4))
     return 0
 
@@ -89,36 +91,32 @@ def finish(
         print(f"{len(done)} vectors are in {out / 'samples.csv'}, manifest.json beside it")
 
 
-def evaluate(args: Namespace) -> int:
-    """Attribute accuracy on unseen combinations of the built-in shapes."""
-    generator, about, settings = load(args)
-    data = build(about["data"], args.trust)
-    with bar(generator, args.number, args) as progress:
-        result, pictures, prompts = shapes_adherence(
-            generator, data, args.number, args.seed, args.micro_batch, progress.update
-        )
-    print(f"{args.number} pictures of unseen combinations")
-    for name, value in result["accuracy"].items():
-        shuffled, chance = result["shuffled"][name], result["chance"][name]
-        print(f"{name:>10} {value:.3f}   prompts shuffled {shuffled:.3f}   chance {chance:.3f}")
-    if args.out:
-        file = Path(args.out)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result | settings, indent=2))
-        contact_sheet(pictures[:64], prompts[:64]).save(file.with_suffix(".png"))
-    return 0
-
-
 def load(args: Namespace) -> tuple[Generator, dict[str, Any], dict[str, Any]]:
     """The generator of a checkpoint with sampler and guidance as the command line says.
 
     Beside it, what the checkpoint says about itself, and the settings that decide what is drawn.
     """
+    generator, about, path = open_model(args, args.checkpoint)
+    chosen = choose(generator, about, args.sampler, args.steps, args.scale, args.trust)
+    settings = {
+        "checkpoint": str(path),
+        **chosen,
+        "micro_batch": args.micro_batch,
+        "device": str(generator.device),
+        "command": args.line,
+    }
+    return generator, about, settings
+
+
+def open_model(args: Namespace, checkpoint: str | None) -> tuple[Generator, dict[str, Any], Path]:
+    """The generator of a checkpoint, by default the newest, on the device that is asked for; what
+    the checkpoint says about itself; and where it is.
+    """
     if args.number < 1 or args.micro_batch < 1:
         raise UserError(
             f"--number {args.number} and --micro-batch {args.micro_batch} must be at least 1."
         )
-    path = Path(args.checkpoint) if args.checkpoint else newest()
+    path = Path(checkpoint) if checkpoint else newest()
     path = path / "last.ckpt" if path.is_dir() else path
     about = read_checkpoint(path)["pipeline"]
     device = args.device
@@ -129,32 +127,66 @@ def load(args: Namespace) -> tuple[Generator, dict[str, Any], dict[str, Any]]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be loaded on --device {device}: {reason}") from error
-    node = read_yaml(args.sampler) if args.sampler else about["sampler"]
-    if args.steps is not None:
-        node = {**node, "init_args": {**(node.get("init_args") or {}), "steps": args.steps}}
-    generator.sampler = build(node, args.trust)
-    if args.scale is not None:
-        generator.guidance = ClassifierFree(args.scale)
-    settings = {
-        "checkpoint": str(path),
+    return generator, about, path
+
+
+def choose(
+    generator: Generator,
+    about: dict[str, Any],
+    sampler: str | None,
+    steps: int | None,
+    scale: float | None,
+    trust: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Draw with a sampler, steps and scale from now on, those of the run where they are None.
+    Returns the settings.
+    """
+    node = read_yaml(sampler) if sampler else about["sampler"]
+    if steps is not None:
+        node = {**node, "init_args": {**(node.get("init_args") or {}), "steps": steps}}
+    generator.sampler = build(node, trust)
+    generator.guidance = build(about["guidance"], trust)
+    if scale is not None:
+        generator.guidance = ClassifierFree(scale)
+    return {
         "sampler": told(generator.sampler),
         "guidance": told(generator.guidance),
         "shape": list(generator.shape),
-        "micro_batch": args.micro_batch,
-        "device": device,
-        "command": args.line,
     }
-    return generator, about, settings
 
 
 def told(part: object) -> dict[str, Any] | None:
-    return None if part is None else {"class": type(part).__name__, **vars(part)}
+    """The class and the numbers of a sampler or a guidance, and of the parts of one."""
+    if part is None:
+        return None
+    numbers = {k: told(v) if hasattr(v, "__dict__") else v for k, v in vars(part).items()}
+    return {"class": type(part).__name__, **numbers}
 
 
-def bar(generator: Generator, number: int, args: Namespace) -> tqdm:
-    steps = -(-number // args.micro_batch) * generator.sampler.steps
+class Bar(tqdm):
+    """A bar over the steps of a sampler, which notes what they accept."""
+
+    accepted: list[Tensor | None]
+
+    def watch(self, state: State) -> None:
+        self.update()
+        self.accepted.append(None if state.acceptance is None else state.acceptance.mean())
+
+
+def bar(generator: Generator, number: int, args: Namespace) -> Bar:
+    steps = generator.rounds(number, args.micro_batch) * generator.sampler.steps
     interval = 0.5 if sys.stderr.isatty() else 15.0  # a log wants few lines
-    return tqdm(total=steps, desc="Drawing", unit="step", mininterval=interval)
+    silent = generator.place()[0] > 0
+    made = Bar(total=steps, desc="Drawing", unit="step", mininterval=interval, disable=silent)
+    made.accepted = []
+    return made
+
+
+def acceptance(accepted: list[Tensor | None], steps: int) -> dict[str, Any]:
+    """The mean acceptance of each step that proposes, for the manifest."""
+    of_each = [[a for a in accepted[i::steps] if a is not None] for i in range(steps)]
+    means = [round(torch.stack(one).mean().item(), 4) for one in of_each if one]
+    return {"acceptance": means} if means else {}
 
 
 def newest() -> Path:

@@ -19,9 +19,9 @@ from pipeline.denoisers import Denoiser
 from pipeline.errors import UserError
 from pipeline.guidance import Guidance
 from pipeline.noise import PictureNoise
-from pipeline.samplers import Sampler
+from pipeline.samplers import Sampler, State
 
-__all__ = ["Generator", "build", "read_checkpoint"]
+__all__ = ["Generator", "build", "place", "read_checkpoint"]
 
 
 class Generator:
@@ -31,12 +31,18 @@ class Generator:
     whatever is drawn beside it and on whatever device; the picture bit for bit at a fixed
     micro-batch, which is why the last one is filled up.
 
+    Several processes draw `together` by taking turns at the micro-batches, one each in a round.
+    Every process makes the same number of network calls, with a micro-batch that is thrown away
+    where none is left, and is given the x of all.
+
     Arguments:
         denoiser: The denoiser.
         conditioning: Turns prompts, classes or vectors into u; `None` for an unconditional model.
         shape: The shape of one x: (C, H, W) or (D,).
         sampler: How to draw.
         guidance: How to guide; `None` leaves the conditional denoiser as it is.
+        together: Whether all processes of `torch.distributed` draw together. Each of them then
+            has to make the same calls.
     """
 
     def __init__(
@@ -46,9 +52,10 @@ class Generator:
         shape: Sequence[int],
         sampler: Sampler,
         guidance: Guidance | None = None,
+        together: bool = False,
     ) -> None:
         self.denoiser, self.conditioning, self.shape = denoiser, conditioning, tuple(shape)
-        self.sampler, self.guidance = sampler, guidance
+        self.sampler, self.guidance, self.together = sampler, guidance, together
 
     @classmethod
     def from_checkpoint(
@@ -106,7 +113,7 @@ class Generator:
         values: Sequence[Any],
         seeds: Sequence[int],
         micro_batch: int = 16,
-        progress: Callable[[], object] | None = None,
+        progress: Callable[[State], object] | None = None,
     ) -> Iterator[Tensor]:
         """Draw one x for each value.
 
@@ -115,25 +122,53 @@ class Generator:
                 unconditional model.
             seeds: The seed of each.
             micro_batch: How many are drawn together. Memory grows with it.
-            progress: Called after each step of the sampler, `sampler.steps` times a micro-batch.
+            progress: Called with the state after each step of the sampler, `sampler.steps` times
+                in each of the :meth:`rounds`.
 
         Yields:
             The x of each micro-batch in turn, with shape (up to micro_batch, \\*shape), in about
             [-1, 1].
         """
-        denoiser, u = self.denoiser, self.embed(values)
+        denoiser, (rank, world) = self.denoiser, self.place()
+        index = {value: k for k, value in enumerate(dict.fromkeys(values))}
+        table = self.embed(list(index))
         if self.guidance is not None and self.conditioning is not None:
             denoiser = self.guidance(denoiser, self.conditioning.null().to(self.device))
         training = self.denoiser.training
         self.denoiser.eval()
-        for start in range(0, len(values), micro_batch):
-            rows = list(range(start, min(start + micro_batch, len(values))))
-            filled = rows + rows[-1:] * (micro_batch - len(rows))
-            like = torch.empty(len(filled), *self.shape, device=self.device)
-            noise = PictureNoise([seeds[i] for i in filled])
-            x = self.sampler(denoiser, like, None if u is None else u[filled], noise, progress)
-            yield x[: len(rows)]
+        for start in range(0, len(values), micro_batch * world):
+            own = start + rank * micro_batch
+            rows = [min(i, len(values) - 1) for i in range(own, own + micro_batch)]
+            like = torch.empty(micro_batch, *self.shape, device=self.device)
+            u = None if table is None else table[[index[values[i]] for i in rows]]
+            noise = PictureNoise([seeds[i] for i in rows])
+            x = self.sampler(denoiser, like, u, noise, progress).contiguous()
+            drawn = [x]
+            if world > 1:
+                drawn = [torch.empty_like(x) for _ in range(world)]
+                torch.distributed.all_gather(drawn, x)
+            for turn, x in enumerate(drawn):
+                left = len(values) - start - turn * micro_batch
+                if left > 0:
+                    yield x[:left]
         self.denoiser.train(training)
+
+    def place(self) -> tuple[int, int]:
+        """The rank of this process among those that draw together, and their number."""
+        return place() if self.together else (0, 1)
+
+    def rounds(self, number: int, micro_batch: int = 16) -> int:
+        """How often the sampler runs, in each process, to draw so many."""
+        return -(-number // (micro_batch * self.place()[1]))
+
+
+def place() -> tuple[int, int]:
+    """The rank of this process in the group of `torch.distributed`, and the number of processes;
+    without a group, 0 and 1.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -7,18 +7,46 @@ import torch
 from torch import Tensor
 
 from pipeline.denoisers import Denoiser, ScoreDenoiser
-from pipeline.mcmc.targets import GaussianMixture
+from pipeline.mcmc import HMC, MALA, ULA, GaussianMixture, HalfDenoising, Target
 from pipeline.noise import Noise, PictureNoise
-from pipeline.samplers import DDIM, Heun, Sampler
+from pipeline.samplers import (
+    DDIM,
+    AnnealedLangevin,
+    DPMSolver,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    Sampler,
+    State,
+)
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
 SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
-SAMPLERS = [DDIM(64), DDIM(256, eta=1.0), Heun(32)]
+SAMPLERS = [
+    DDIM(64),
+    DDIM(256, eta=1.0),
+    Heun(32),
+    DPMSolver(48),
+    PredictorCorrector(ULA(0.05), steps=64),
+    PredictorCorrector(MALA(0.5), steps=64),
+]
+WALKERS = [  # too short to arrive: for what must hold at any length
+    Langevin(ULA(0.3), [0.3], steps=8, denoise=True),
+    Langevin(HalfDenoising(1.0), [0.2], steps=8),
+    Langevin(ULA(0.3), [0.2, 0.3, 0.5], steps=8),
+    Langevin(MALA(0.3), [0.3, 0.5], steps=8),
+    AnnealedLangevin(ULA(0.1), updates=3, steps=8),
+    AnnealedLangevin(MALA(0.5), updates=3, steps=8, denoise=False),
+    AnnealedLangevin(HMC(0.5, 3), updates=2, steps=8),
+    PredictorCorrector(ULA(0.1), updates=2, steps=8, denoise=False),
+    PredictorCorrector(MALA(0.5), updates=2, steps=8),
+]
 N = 2048
 
 
 def named(thing: Schedule | Sampler) -> str:
-    steps = f"({thing.steps})" if isinstance(thing, Sampler) else ""
+    kernel = type(getattr(thing, "kernel", None)).__name__.replace("NoneType", "")
+    steps = f"({kernel}{thing.steps})" if isinstance(thing, Sampler) else ""
     return type(thing).__name__ + steps
 
 
@@ -84,17 +112,16 @@ class NoSigma(DDIM):
     def step(
         self,
         denoiser: Denoiser,
-        x_t: Tensor,
+        state: State,
         t: Tensor,
         s: Tensor,
         u: Tensor | None,
         noise: Noise | PictureNoise,
-    ) -> Tensor:
+    ) -> State:
         alpha_t, sigma_t = denoiser.schedule(t)
-        d = denoiser(x_t, t, u)
-        return denoiser.schedule(s)[0] * d + 0.97 * denoiser.schedule(s)[1] / sigma_t * (
-            x_t - alpha_t * d
-        )
+        alpha_s, sigma_s = denoiser.schedule(s)
+        d = denoiser(state.x, t, u)
+        return State(alpha_s * d + 0.97 * sigma_s / sigma_t * (state.x - alpha_t * d))
 
 
 class TooNoisy(DDIM):
@@ -103,14 +130,14 @@ class TooNoisy(DDIM):
     def step(
         self,
         denoiser: Denoiser,
-        x_t: Tensor,
+        state: State,
         t: Tensor,
         s: Tensor,
         u: Tensor | None,
         noise: Noise | PictureNoise,
-    ) -> Tensor:
-        x_s = super().step(denoiser, x_t, t, s, u, noise)
-        return x_s + 0.2 * denoiser.schedule(s)[1] * noise.normal(x_s)
+    ) -> State:
+        x_s = super().step(denoiser, state, t, s, u, noise).x
+        return State(x_s + 0.2 * denoiser.schedule(s)[1] * noise.normal(x_s))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
@@ -125,14 +152,19 @@ def test_a_broken_sampler_is_seen(
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 def test_orders(schedule: Schedule, mixture: GaussianMixture) -> None:
-    """Halving the steps halves DDIM's error and quarters Heun's."""
+    """Halving the steps halves DDIM's error and quarters Heun's and DPM-Solver's."""
     denoiser, like = ScoreDenoiser(mixture, schedule), empty(64)
 
     def draw(sampler: Sampler) -> Tensor:
         return sampler(denoiser, like, None, Noise("orders"))
 
     truth = draw(Heun(1025))
-    for family, order, counts in ((DDIM, 1, (64, 128, 256)), (Heun, 2, (32, 64, 128))):
+    families = (
+        (DDIM, 1, (64, 128, 256)),
+        (Heun, 2, (32, 64, 128)),
+        (DPMSolver, 2, (128, 256, 512)),
+    )
+    for family, order, counts in families:
         errors = [(draw(family(n + 1)) - truth).square().mean().sqrt() for n in counts]
         slopes = -torch.tensor(errors).log2().diff()
         # 0.25: the next order's share at these steps, seen to fall as the steps grow
@@ -152,7 +184,7 @@ def test_gaussian_data_has_a_closed_form_flow(schedule: Schedule) -> None:
     # D of x_0 = α m + z √(α² s² + σ²) is m + z α s² / √(α² s² + σ²)
     expected = m + z * alpha_0 * std**2 / torch.sqrt(alpha_0**2 * std**2 + sigma_0**2)
     # the methods' own errors, 33 / N² and 4 / N at most: measured 2e-4 and 5e-3, and twice that
-    for sampler, tolerance in ((Heun(401), 4e-4), (DDIM(801), 1e-2)):
+    for sampler, tolerance in ((Heun(401), 4e-4), (DPMSolver(401), 4e-4), (DDIM(801), 1e-2)):
         drawn = sampler(denoiser, like, None, Noise("flow"))
         assert (drawn - expected).abs().max() < tolerance
 
@@ -183,8 +215,8 @@ def coefficients(sampler: Sampler, schedule: Schedule, t: Tensor, s: Tensor) -> 
     values = []
     for x_t, x, n in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
         noise: Noise = Fixed(n)  # type: ignore[assignment]
-        x_s = sampler.step(Known(schedule, x), empty(1, 1) + x_t, t, s, None, noise)
-        values.append(x_s.item())
+        state = State(empty(1, 1) + x_t)
+        values.append(sampler.step(Known(schedule, x), state, t, s, None, noise).x.item())
     return values
 
 
@@ -254,8 +286,31 @@ def test_heun_step(schedule: Schedule, mixture: GaussianMixture) -> None:
     second = slope(y + (r_s - r_t) * first, r_s)
     expected = y + (r_s - r_t) * (first + second) / 2
     denoiser = ScoreDenoiser(mixture, schedule)
-    x_s = Heun(2).step(denoiser, schedule(t)[0] * y, t, s, None, Noise(0))
-    assert torch.allclose(x_s, schedule(s)[0] * expected, rtol=1e-9, atol=1e-12)
+    state = Heun(2).step(denoiser, State(schedule(t)[0] * y), t, s, None, Noise(0))
+    assert torch.allclose(state.x, schedule(s)[0] * expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_dpm_solver_step(schedule: Schedule) -> None:
+    """Algorithm 2 of Lu et al. for D = a + b λ, whose value in the middle of a step is known."""
+    a, b = 0.3, -0.2
+
+    class Straight(Denoiser):
+        def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+            return torch.full_like(x_t, a) - b * self.schedule.ratio(t).log()
+
+    solver, denoiser, noise = DPMSolver(4), Straight(schedule), Noise(0)
+    t_before, t, s = (torch.tensor(v, dtype=torch.float64) for v in (0.7, 0.4, 0.15))
+    first = solver.step(denoiser, State(empty(1, 1) + 0.6), t_before, t, None, noise)
+    ddim = DDIM(4).step(denoiser, State(empty(1, 1) + 0.6), t_before, t, None, noise)
+    second = solver.step(denoiser, first, t, s, None, noise)
+    lambda_t, lambda_s = (-schedule.ratio(v).log() for v in (t, s))
+    (_, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+    middle = a + b * (lambda_t + lambda_s) / 2
+    expected = sigma_s / sigma_t * ddim.x - alpha_s * torch.expm1(lambda_t - lambda_s) * middle
+    # all to rounding; the first step has no line to continue
+    assert torch.allclose(first.x, ddim.x, rtol=1e-12)
+    assert torch.allclose(second.x, expected, rtol=1e-10)
 
 
 def same_ends() -> list[Schedule]:
@@ -276,7 +331,9 @@ def same_ends() -> list[Schedule]:
 
 @pytest.mark.parametrize("schedule", same_ends()[1:], ids=named)
 @pytest.mark.parametrize(
-    "sampler", [DDIM(16), DDIM(16, eta=1.0), DDIM(16, eta=0.5, rho=3.0), Heun(16)]
+    "sampler",
+    [DDIM(16), DDIM(16, eta=1.0), DDIM(16, eta=0.5, rho=3.0), Heun(16), DPMSolver(16), *WALKERS],
+    ids=named,
 )
 def test_sampling_does_not_depend_on_the_schedule(
     sampler: Sampler, schedule: Schedule, mixture: GaussianMixture
@@ -294,32 +351,56 @@ def test_sampling_does_not_depend_on_the_schedule(
 
 
 class Counter(Denoiser):
+    """Counts what is asked of a denoiser, or of the law it gives."""
+
     def __init__(self, inner: Denoiser) -> None:
         super().__init__(inner.schedule)
         self.inner, self.times = inner, []
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        assert t.shape == () and t.dtype == x_t.dtype
+    def count(self, t: Tensor, u: Tensor | None) -> None:
+        assert t.shape == ()
         self.times.append(t.item())
         self.u = u
+
+    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        assert t.dtype == x_t.dtype
+        self.count(t, u)
         return self.inner(x_t, t, u)
 
+    def at(self, t: Tensor, u: Tensor | None = None) -> Target:
+        counter, law = self, self.inner.at(t, u)
 
-@pytest.mark.parametrize("sampler", [DDIM(1), DDIM(9), DDIM(9, eta=1.0), Heun(1), Heun(9)])
+        class Counted(Target):
+            def score(self, x: Tensor) -> Tensor:
+                return self.log_prob_and_score(x)[1]
+
+            def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                assert t.dtype == x.dtype
+                counter.count(t, u)
+                return law.log_prob_and_score(x)
+
+        return Counted()
+
+
+ONCE = [DDIM(1), DDIM(9, eta=1.0), Heun(1), Heun(9), DPMSolver(9)]
+
+
+@pytest.mark.parametrize("sampler", [*ONCE, *WALKERS], ids=named)
 def test_evaluations_are_counted(sampler: Sampler, mixture: GaussianMixture) -> None:
     counter, progress = Counter(ScoreDenoiser(mixture, Cosine())), []
     u = onehot(0, 4)
-    drawn = sampler(counter, empty(4), u, Noise(0), lambda: progress.append(1))
+    drawn = sampler(counter, empty(4), u, Noise(0), progress.append)
     assert len(counter.times) == sampler.evaluations
-    assert len(progress) == sampler.steps
-    assert counter.times[0] == 1 and counter.u is u
-    assert drawn.shape == (4, 2) and not drawn.requires_grad
+    assert len(progress) == sampler.steps and progress[-1].x is drawn
+    assert counter.u is u and drawn.shape == (4, 2) and not drawn.requires_grad
+    if not isinstance(sampler, Langevin):
+        assert counter.times[0] == 1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
-@pytest.mark.parametrize("family", [DDIM, Heun])
+@pytest.mark.parametrize("family", [DDIM, Heun, DPMSolver])
 def test_one_step_is_the_mean_at_the_noise_end(
-    family: type[Sampler], schedule: Schedule, mixture: GaussianMixture
+    family: type[DDIM | Heun | DPMSolver], schedule: Schedule, mixture: GaussianMixture
 ) -> None:
     denoiser = ScoreDenoiser(mixture, schedule)
     drawn = family(steps=1)(denoiser, empty(8), None, Noise("one"))
@@ -334,7 +415,8 @@ def test_the_last_step_is_the_mean_at_the_data_end(
     counter = Counter(ScoreDenoiser(mixture, schedule))
     sampler, noise = DDIM(2), Noise("two")
     t, s = times(1.0, 0.0)
-    x_s = sampler.step(counter, schedule(t)[1] * noise.normal(empty(8)), t, s, None, noise)
+    start = sampler.init(counter, empty(8), t, None, noise)
+    x_s = sampler.step(counter, start, t, s, None, noise).x
     drawn = sampler(counter, empty(8), None, Noise("two"))
     assert torch.equal(drawn, counter.inner(x_s, s))
     assert counter.times[-1] == 0
@@ -357,7 +439,9 @@ def test_grid(schedule: Schedule, rho: float) -> None:
     assert DDIM(5).grid(schedule).equal(DDIM(5, rho=7.0).grid(schedule))  # the default
 
 
-@pytest.mark.parametrize("sampler", [DDIM(8), DDIM(8, eta=1.0), Heun(8)])
+@pytest.mark.parametrize(
+    "sampler", [DDIM(8), DDIM(8, eta=1.0), Heun(8), DPMSolver(8), *WALKERS], ids=named
+)
 def test_a_picture_is_the_same_in_any_company(sampler: Sampler, mixture: GaussianMixture) -> None:
     denoiser = ScoreDenoiser(mixture, VP())
 
@@ -374,12 +458,13 @@ def test_a_picture_is_the_same_in_any_company(sampler: Sampler, mixture: Gaussia
 
 
 def test_float32_stays_float32(mixture: GaussianMixture) -> None:
-    for sampler in (DDIM(32), DDIM(32, eta=1.0), Heun(16)):
+    for sampler in (DDIM(32), DDIM(32, eta=1.0), Heun(16), DPMSolver(32), *WALKERS):
         for schedule in SCHEDULES:
             denoiser = ScoreDenoiser(mixture, schedule)
             drawn = sampler(denoiser, empty(64).float(), None, Noise("f32"))
             assert drawn.dtype == torch.float32 and drawn.isfinite().all()
-            assert drawn.abs().max() < 2  # the law's own reach: its means and 4 of its widths
+            # the law's own reach: its means and 4 of its widths
+            assert sampler in WALKERS or drawn.abs().max() < 2
 
 
 @pytest.mark.parametrize("make", [lambda: DDIM(0), lambda: Heun(-1), lambda: Heun(4, rho=0.0)])

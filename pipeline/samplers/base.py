@@ -12,6 +12,7 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,22 @@ from pipeline.denoisers import Denoiser
 from pipeline.noise import Noise, PictureNoise
 from pipeline.schedules import Schedule, expand_as_batch
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "State"]
+
+
+class State(NamedTuple):
+    r"""Where a draw stands.
+
+    Arguments:
+        x: The noisy tensor :math:`x_t`, with shape :math:`(B, *)`; at the end, what is drawn.
+        memory: What the next step needs beside x, each sampler its own; `None` where nothing.
+        acceptance: The mean probability with which the step accepted its proposals, with shape
+            (B,); `None` where it proposes none.
+    """
+
+    x: Tensor
+    memory: Any = None
+    acceptance: Tensor | None = None
 
 
 class Sampler(ABC):
@@ -33,8 +49,8 @@ class Sampler(ABC):
         + \tfrac{i}{N - 1} \big( r(0)^{1/\rho} - r(1)^{1/\rho} \big) \Big)^{\rho},
         \quad i = 0, …, N - 1
 
-    and the result is D at the last of them: N − 1 steps, then the mean, in which no noise is
-    left.
+    and the last step ends in D at the last of them: N − 1 steps, then the mean, in which no noise
+    is left.
 
     Arguments:
         steps: The number N of times, at least 1.
@@ -55,17 +71,17 @@ class Sampler(ABC):
     def step(
         self,
         denoiser: Denoiser,
-        x_t: Tensor,
+        state: State,
         t: Tensor,
         s: Tensor,
         u: Tensor | None,
         noise: Noise | PictureNoise,
-    ) -> Tensor:
-        r"""One step from time t to an earlier time s.
+    ) -> State:
+        r"""One step from time t to the next time s.
 
         Arguments:
             denoiser: The denoiser.
-            x_t: The noisy tensor at time t, with shape :math:`(B, *)`.
+            state: The state at time t.
             t: The time, with shape ().
             s: The next time, with shape (), s < t.
             u: The condition, with shape (B, L, E), or `None`.
@@ -82,6 +98,36 @@ class Sampler(ABC):
             t[-1] = 0.0
         return t
 
+    def init(
+        self,
+        denoiser: Denoiser,
+        like: Tensor,
+        t: Tensor,
+        u: Tensor | None,
+        noise: Noise | PictureNoise,
+    ) -> State:
+        r"""The state before the first step: noise, :math:`x_t = \sigma_t n`.
+
+        Arguments:
+            denoiser: The denoiser.
+            like: A tensor with the shape, type and device of what is drawn.
+            t: The first time, with shape ().
+            u: The condition, with shape (B, L, E), or `None`.
+            noise: Where the noise comes from.
+        """
+        return State(expand_as_batch(denoiser.schedule(t)[1], like) * noise.normal(like))
+
+    def last(
+        self,
+        denoiser: Denoiser,
+        state: State,
+        t: Tensor,
+        u: Tensor | None,
+        noise: Noise | PictureNoise,
+    ) -> State:
+        """The step that ends at the last time t, whose x is the drawn :math:`x_0`: the mean D."""
+        return State(denoiser(state.x, t, u))
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -89,7 +135,7 @@ class Sampler(ABC):
         like: Tensor,
         u: Tensor | None,
         noise: Noise | PictureNoise,
-        progress: Callable[[], object] | None = None,
+        progress: Callable[[State], object] | None = None,
     ) -> Tensor:
         r"""Draw from the law that a denoiser describes.
 
@@ -99,18 +145,18 @@ class Sampler(ABC):
                 values are not read.
             u: The condition, with shape (B, L, E), or `None`.
             noise: Where the noise comes from.
-            progress: Called after each step.
+            progress: Called with the state after each of the N steps.
 
         Returns:
             The drawn :math:`x_0`, with the shape of like.
         """
         times = self.grid(denoiser.schedule).to(like)
-        x_t = expand_as_batch(denoiser.schedule(times[0])[1], like) * noise.normal(like)
+        state = self.init(denoiser, like, times[0], u, noise)
         for t, s in zip(times[:-1], times[1:], strict=True):
-            x_t = self.step(denoiser, x_t, t, s, u, noise)
+            state = self.step(denoiser, state, t, s, u, noise)
             if progress is not None:
-                progress()
-        x = denoiser(x_t, times[-1], u)
+                progress(state)
+        state = self.last(denoiser, state, times[-1], u, noise)
         if progress is not None:
-            progress()
-        return x
+            progress(state)
+        return state.x
