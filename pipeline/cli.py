@@ -1,4 +1,4 @@
-"""The doors: `python -m pipeline fit / generate / evaluate`.
+"""The doors: `python -m pipeline fit / generate / sample / evaluate / reference`.
 
 Importing torch takes seconds, so each command imports what it needs when it runs, and help comes
 at once.
@@ -48,6 +48,33 @@ Often changed
 The run's folder gets config.yaml, last.ckpt (also at Ctrl-C), best.ckpt, sheets/, csv/ and wandb/.
 """
 
+SAMPLE_HELP = """\
+usage: python -m pipeline sample -c FILE.yaml [--KEY VALUE ...]
+
+Draw from a stated density by Markov chain Monte Carlo: a target of conf/target/ (or any of your
+own, by class_path) with a kernel of conf/kernel/. No trained model is needed.
+
+  -c FILE                       for example conf/sample/banana.yaml; several merge, the later wins
+  --target conf/target/funnel.yaml
+  --kernel conf/kernel/mala.yaml
+  --kernel.step_size 0.1        any argument of target and kernel can be set like this
+  --dim D                       the number of coordinates, where the target does not say
+  --chains 16                   how many chains, from points around 0 of standard deviation SPREAD
+  --spread 1.0
+  --draws 1000                  steps of each chain that are kept
+  --warmup 500                  steps before them, in which the step size and the unit of each
+                                coordinate are found, and then frozen
+  --seed 0                      the same seed, the same draws
+  --out FOLDER                  where to write (default: outputs/TIME)
+
+  --print_config                print the whole configuration: a start for one of your own
+  --help-all                    every option there is
+
+Prints mean, standard deviation, quantiles, effective sample sizes and R-hat of each coordinate,
+and warns where the chains have not met or have diverged. The folder gets draws.safetensors with
+x (draws, chains, D), config.yaml, trace.png and pairs.png.
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run a command; bad input ends in one sentence and exit code 2."""
@@ -60,16 +87,30 @@ def main(argv: Sequence[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("fit", help="train a model from a YAML experiment", add_help=False)
+    commands.add_parser("sample", help="draw from a stated density by MCMC", add_help=False)
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_reference(commands)
     try:
         if argv[:1] == ["fit"]:
             return fit(argv[1:])
-        args = parser.parse_args(argv)
+        if argv[:1] == ["sample"]:
+            return sample(argv[1:])
+        args, args.overrides = parser.parse_known_args(argv)
+        if args.overrides and args.command != "reference":
+            parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
         args.line = shlex.join(["python", "-m", "pipeline", *argv])
-        from pipeline import drawing
+        if args.command == "reference":
+            from pipeline.referencing import reference
 
-        return {"generate": drawing.generate, "evaluate": drawing.evaluate}[args.command](args)
+            return reference(args)
+        if args.command == "evaluate":
+            from pipeline.evaluating import evaluate
+
+            return evaluate(args)
+        from pipeline.drawing import generate
+
+        return generate(args)
     except (UserError, ValueError) as error:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
@@ -91,6 +132,17 @@ def fit(argv: list[str]) -> int:
     return train(argv)
 
 
+def sample(argv: list[str]) -> int:
+    """Draw from a stated density, after the help was given."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(SAMPLE_HELP)
+        return 0
+    from pipeline import sampling
+
+    line = shlex.join(["python", "-m", "pipeline", "sample", *argv])
+    return sampling.sample(["--help" if arg == "--help-all" else arg for arg in argv], line)
+
+
 def _resume(argv: list[str]) -> list[str]:
     """Spell out `--resume RUN`."""
     if "--resume" not in argv:
@@ -107,29 +159,35 @@ def _resume(argv: list[str]) -> list[str]:
     return spelled + argv[:at] + argv[at + 2 :]
 
 
-def _add_drawing(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What to draw with; of checkpoint, sampler, steps and scale there may be several."""
+    many: dict[str, Any] = {"action": "append"} if several else {}
+    also = "; may be repeated" if several else ""
+    commas = ", or several with commas between" if several else ""
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="a checkpoint or a run's folder (default: the newest run)",
+        help=f"a checkpoint or a run's folder (default: the newest run){also}",
+        **many,
     )
     parser.add_argument(
         "--sampler",
         metavar="YAML",
-        help="a sampler, e.g. conf/sampler/ddim.yaml (default: the run's)",
+        help=f"a sampler, e.g. conf/sampler/ddim.yaml (default: the run's){also}",
+        **many,
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=str if several else int,
         metavar="N",
-        help="the number of steps of the sampler (default: its own)",
+        help=f"the number of steps of the sampler (default: its own){commas}",
     )
     parser.add_argument(
         "--scale",
-        type=float,
+        type=str if several else float,
         metavar="W",
         help="guidance: 0 ignores the prompt, 1 is the model as it was trained, more is stronger "
-        "(default: the run's)",
+        f"(default: the run's){commas}",
     )
     parser.add_argument(
         "--micro-batch",
@@ -177,22 +235,104 @@ def _add_generate(commands: Any) -> None:  # noqa: ANN401
         "--number", type=int, default=4, metavar="N", help="pictures per prompt (default: 4)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: outputs/TIME)")
-    _add_drawing(parser)
+    _add_model(parser)
 
 
 def _add_evaluate(commands: Any) -> None:  # noqa: ANN401
     parser = commands.add_parser(
         "evaluate",
-        help="measure a model that was trained on the built-in shapes",
-        description="Draw one picture for each of N prompts whose combination of attributes was "
-        "never seen in training, read the attributes back from the pixels with a detector that is "
-        "not the model, and print how often they are right; beside it the same pictures against "
-        "shuffled prompts, and chance.",
+        help="measure a model",
+        description="Draw N pictures of what was held out of training (unseen combinations of the "
+        "built-in shapes, else rows of the split val) and print how far they are from the "
+        "training pictures; beside it, how far true held-out pictures are. On the built-in "
+        "shapes, attributes are also read back from the pixels by a detector that is not the "
+        "model; beside it stand the same pictures against shuffled prompts, and chance.",
+        epilog="Every combination of what is given to --checkpoint, --sampler, --steps and "
+        "--scale is measured, and one that --out holds already is not drawn again. On several "
+        "devices: torchrun --nproc-per-node N -m pipeline evaluate ...",
+    )
+    _add_model(parser, several=True)
+    parser.add_argument(
+        "--number", type=int, default=256, metavar="N", help="pictures (default: 256)"
     )
     parser.add_argument(
-        "--number", type=int, default=256, metavar="N", help="prompts (default: 256)"
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="K",
+        help="draw K times N pictures, for the spread of the scores (default: 1)",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="also write the result as JSON, and a sheet beside it"
+        "--features",
+        metavar="YAML",
+        help="a feature network, e.g. conf/features/inception.yaml for FID (default: "
+        "EfficientNet-Lite0 with 112 features, which needs no download)",
     )
-    _add_drawing(parser)
+    parser.add_argument(
+        "--clip", metavar="FOLDER", help="a CLIP, a folder or a name on the hub, to score prompts"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE.json",
+        help="write the result, and a sheet beside it; a FOLDER takes many, and the plot of a "
+        "sweep",
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="also write a W&B run, offline when not logged in"
+    )
+
+
+def _add_reference(commands: Any) -> None:  # noqa: ANN401
+    parser = commands.add_parser(
+        "reference",
+        help="make the statistics that generated pictures are measured against",
+        description="Read the pictures of a data set with a feature network, and write down mean "
+        "and covariance of the features, and some of the features, with what decides them. What "
+        "was made before is found again.",
+        epilog="example: python -m pipeline reference -c conf/experiment/cifar10.yaml "
+        "--data.path FOLDER --features conf/features/efficientnet.yaml",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "-c",
+        "--config",
+        metavar="YAML",
+        help="an experiment, whose data are taken; --data.KEY VALUE changes them",
+    )
+    source.add_argument(
+        "--checkpoint", metavar="FILE", help="a checkpoint or a run's folder, with its data"
+    )
+    source.add_argument("--pictures", metavar="FOLDER", help="a folder of pictures, all of it")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=32,
+        metavar="PIXELS",
+        help="the side that pictures of a folder are brought to (default: 32)",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="YAML",
+        help="a feature network, e.g. conf/features/inception.yaml for FID (default: "
+        "EfficientNet-Lite0 with 112 features, which needs no download)",
+    )
+    parser.add_argument("--split", default="train", help="which rows (default: train)")
+    parser.add_argument(
+        "--number", type=int, metavar="N", help="pictures, drawn at random (default: all)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="B", help="pictures read together (default: 64)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="where to write (default: the cache, where it is found)"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package of yours whose classes the checkpoint may name; may be repeated",
+    )

@@ -116,13 +116,16 @@ def test_without_a_prompt_the_run_chooses(run: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_prints_accuracy_beside_chance(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = tmp_path / "result.json"
-    args = ["evaluate", "--checkpoint", str(run), "--number", "5", "--out", str(result)]
+    args = ["evaluate", "--checkpoint", str(run), "--number", "6", "--out", str(result)]
     assert main(args) == 0
     told = json.loads(result.read_text())
     assert told["chance"]["all"] == pytest.approx(1 / 240) and 0 <= told["accuracy"]["mean"] <= 1
+    assert told["reference"]["features"] == "efficientnet-lite0-112"
+    assert told["frechet"] > told["floor"]["frechet"] > 0  # hardly trained
     assert "prompts shuffled" in capsys.readouterr().out
     assert result.with_suffix(".png").exists()
 
@@ -203,7 +206,9 @@ def test_resume_spells_out_the_run(run: Path, capsys: pytest.CaptureFixture[str]
     assert (run / "config-1.yaml").exists()  # the first config is kept
 
 
-@pytest.mark.parametrize("command", [[], ["fit"], ["generate"], ["evaluate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["fit"], ["sample"], ["generate"], ["evaluate"], ["reference"]]
+)
 def test_help_comes_at_once(command: list[str]) -> None:
     start = time.monotonic()
     done = subprocess.run(

@@ -11,9 +11,10 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from tiny import ROOT
 
-from pipeline import conditioning, guidance, objectives, samplers, schedules
+from pipeline import conditioning, guidance, mcmc, objectives, samplers, schedules
 from pipeline.cli import main
 from pipeline.data import DataModule
+from pipeline.evaluation.features import Features
 from pipeline.generator import build
 
 CONF = ROOT / "conf"
@@ -21,11 +22,14 @@ TYPES: dict[str, type] = {
     "callback": pl.Callback,
     "conditioning": conditioning.Conditioning,
     "data": DataModule,
+    "features": Features,
     "guidance": guidance.Guidance,
+    "kernel": mcmc.Kernel,
     "network": torch.nn.Module,
     "objective": objectives.Objective,
     "sampler": samplers.Sampler,
     "schedule": schedules.Schedule,
+    "target": mcmc.Target,
 }
 GROUPS = sorted(CONF.glob("*/*.yaml"))
 BUILT = [file for file in GROUPS if file.parent.name in TYPES]
@@ -41,6 +45,7 @@ def test_every_group_is_known() -> None:
     assert {file.parent.name for file in GROUPS} - set(TYPES) == {
         "experiment",
         "optimizer",
+        "sample",  # built and run by test_sample.py
         "trainer",
     }
 

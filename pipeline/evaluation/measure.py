@@ -1,0 +1,201 @@
+r"""How good the pictures of a model are: the one measure that `evaluate` and training share.
+
+A model is asked for what its data hold out: the combinations of the built-in shapes that training
+never saw, else the rows of the split `val`, each once before any twice. What it draws is compared
+with a *reference*, features of the training pictures, and so are true pictures of as many held-out
+rows: no model can be expected to be nearer than this *floor*, which is far from 0 while pictures
+are few. Where there are fewer held-out rows, the floor is that of all of them, and says so.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import DataModule, Relations, Shapes
+from pipeline.evaluation.adherence import (
+    CLIP,
+    clip_score,
+    distinct,
+    retrieval_accuracy,
+    shapes_adherence,
+)
+from pipeline.evaluation.distances import (
+    density_coverage,
+    frechet,
+    kernel_distance,
+    precision_recall,
+)
+from pipeline.evaluation.features import Features
+from pipeline.evaluation.reference import reference_of
+from pipeline.evaluation.statistics import Reference, Statistics, gather
+from pipeline.generator import Generator, place
+from pipeline.noise import Noise
+from pipeline.png import to_uint8
+from pipeline.samplers import State
+
+__all__ = ["DISTANCES", "FEWEST", "Measure", "held_out", "read"]
+
+DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage")
+FEWEST = 6  # pictures: density and coverage look at the fifth neighbour
+TIMES = 10  # training pictures in a reference for each that is drawn
+KEPT = 10_000  # pictures whose features are compared one by one
+BATCH = 64  # pictures read together
+
+
+class Measure:
+    """Draws held-out prompts and scores the pictures.
+
+    Where processes draw together, each reads the features of its share, and all have the scores.
+
+    Arguments:
+        data: The data module of the model.
+        features: What reads the pictures.
+        number: The number N of pictures, at least `FEWEST`. They are held in memory, as uint8.
+        clip: Scores prompts too, where it is given.
+
+    Attributes:
+        reference: Of ten times as many training pictures, or of all.
+    """
+
+    def __init__(
+        self,
+        data: DataModule,
+        features: Features,
+        number: int,
+        clip: CLIP | None = None,
+    ) -> None:
+        self.data, self.features, self.number, self.clip = data, features, number, clip
+        self.reference = open_reference(data, features, number)
+        self.values, self.truth = held_out(data, number)
+
+    def __call__(
+        self,
+        generator: Generator,
+        seed: int = 0,
+        micro_batch: int = 16,
+        progress: Callable[[State], object] | None = None,
+    ) -> tuple[dict[str, Any], Tensor, list[str]]:
+        """Draw picture i with seed `seed` + i, and score.
+
+        Arguments:
+            generator: What draws.
+            seed: The first seed. On the built-in shapes it decides the order of prompts too.
+            micro_batch: How many are drawn together.
+            progress: Called with the state after each step of the sampler.
+
+        Returns:
+            What :meth:`score` says and, on `Shapes`, what
+            :func:`pipeline.evaluation.adherence.shapes_adherence` does; the uint8 pictures
+            (N, C, H, W); their prompts.
+        """
+        if isinstance(self.data, Shapes) and not isinstance(self.data, Relations):
+            found, pictures, values = shapes_adherence(
+                generator, self.data, self.number, seed, micro_batch, progress
+            )
+            found = {k: v for k, v in found.items() if k not in ("pictures", "seed")}
+        else:
+            found, values, seeds = {}, self.values, range(seed, seed + self.number)
+            drawn = generator(values, seeds, micro_batch, progress)
+            pictures = torch.cat([to_uint8(x).cpu() for x in drawn])
+        return found | self.score(pictures, values), pictures, list(map(str, values))
+
+    @cached_property
+    def floor(self) -> dict[str, float]:
+        """The scores of `number` true held-out pictures, or of as many as there are."""
+        n = len(self.truth)
+        return {"number": n} | self.score(self.truth, self.values[:n])
+
+    def score(self, pictures: Tensor, values: list[Any]) -> dict[str, float]:
+        """Distances of pictures from the reference: Fréchet, kernel with the ends of its 95 %
+        interval, precision, recall, density and coverage; with CLIP, the mean score of a picture
+        with its prompt, and the part of them that finds its own prompt among all.
+
+        All but the first take at most 10,000 pictures, and as many of the reference.
+
+        Arguments:
+            pictures: uint8, with shape (N, C, H, W).
+            values: The prompt of each.
+        """
+        statistics, y = read(self.features, pictures)
+        order = Noise("reference").uniform(len(self.reference.features)).argsort()
+        x = self.reference.features[order[: len(y)]].to(y.device)
+        kernel = kernel_distance(x, y, Noise("resamples"))
+        found = {
+            "frechet": frechet(statistics, self.reference.statistics),
+            "kernel": kernel.value,
+            "kernel_low": kernel.low,
+            "kernel_high": kernel.high,
+            **precision_recall(x, y)._asdict(),
+            **density_coverage(x, y)._asdict(),
+        }
+        if self.clip is not None:
+            prompts, own = distinct(list(map(str, values)))
+            found["clip_score"] = clip_score(self.clip, pictures, values).mean().item()
+            if len(prompts) > 1:
+                f, g = torch.cat(list(self.clip.read(pictures))), self.clip.embed(prompts)
+                found["retrieval"] = retrieval_accuracy(f, g, own)[0]
+        return found
+
+
+def open_reference(data: DataModule, features: Features, number: int) -> Reference:
+    """The reference for so many pictures. The first process makes it where there is none, and the
+    others find it.
+    """
+    rank, world = place()
+    if world > 1 and rank > 0:
+        torch.distributed.barrier()
+    taken = min(TIMES * number, len(data.rows("train").x))
+    reference, _ = reference_of(data, "train", features, taken)
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+    return reference
+
+
+def held_out(data: DataModule, number: int) -> tuple[list[Any], Tensor]:
+    """What to ask for, `number` values in an order drawn by a fixed seed, and the true pictures of
+    the first ones, uint8 with shape (up to number, C, H, W).
+
+    The built-in shapes are drawn anew; of other data the true pictures are distinct rows.
+    """
+    order = np.random.default_rng(0)
+    if isinstance(data, Shapes):
+        unseen = data.combinations("unseen")
+        plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
+        return [one.caption for one in plan], torch.from_numpy(data.render(plan, order))
+    x, values = data.rows("val")
+    taken = in_rounds(len(x), number, order)
+    asked = [""] * number if values is None else [values[k] for k in taken]
+    return asked, torch.from_numpy(x[taken[: len(x)]])
+
+
+def in_rounds(total: int, number: int, order: np.random.Generator) -> np.ndarray:
+    """So many of `total` in random order, each once before any twice."""
+    rounds = [order.permutation(total) for _ in range(-(-number // total))]
+    return np.concatenate(rounds)[:number]
+
+
+def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:
+    """The statistics of the features of all pictures, and the features of the first 10,000.
+
+    Each process reads its share, and has the whole. What is read together does not depend on how
+    many they are, so neither does a feature.
+
+    Arguments:
+        features: What reads them.
+        pictures: uint8, with shape (N, C, H, W), the same in every process.
+    """
+    rank, world = place()
+    statistics = Statistics(features.dim, features.device)
+    kept = [torch.empty(0, features.dim, device=features.device)]
+    rows = [torch.empty(0, dtype=torch.int64, device=features.device)]
+    for start in range(rank * BATCH, len(pictures), world * BATCH):
+        found = features(pictures[start : start + BATCH])
+        statistics.update(found)
+        kept.append(found[: max(KEPT - start, 0)])
+        rows.append(start + torch.arange(len(kept[-1]), device=features.device))
+    order = gather(torch.cat(rows)).argsort()
+    return statistics.reduce(), gather(torch.cat(kept))[order]

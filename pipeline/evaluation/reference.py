@@ -1,0 +1,102 @@
+"""The reference of a data set, made once and found again.
+
+A reference is known by its content. Its file says the sha256 of the pixels, so that it can be
+taken to another machine, and cannot be used when the data, the size of the pictures or the
+features have changed since.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.data import DataModule
+from pipeline.errors import UserError
+from pipeline.evaluation.features import Features
+from pipeline.evaluation.statistics import Reference, Statistics
+
+__all__ = ["reference_of"]
+
+VERSION = 1  # of what a reference holds
+KEPT = 10_000  # pictures whose features are kept one by one
+
+
+def reference_of(
+    data: DataModule,
+    split: str,
+    features: Features,
+    number: int | None = None,
+    batch_size: int = 64,
+    path: str | Path | None = None,
+) -> tuple[Reference, Path]:
+    """The reference of a split, read where it was made before.
+
+    Arguments:
+        data: The data module.
+        split: `train`, `val`, or another that the data module knows.
+        features: What reads the pictures.
+        number: Take so many pictures, drawn at random by a fixed seed; all by default.
+        batch_size: How many are read together.
+        path: The file; by default one in the cache, named after all that decides it.
+
+    Raises:
+        UserError: The data are not pictures or too few, or the file is about something else.
+    """
+    x = data.rows(split).x
+    if x.dtype != np.uint8 or x.ndim != 4:
+        raise UserError(
+            f"{type(data).__name__} has rows of {x.dtype} with shape {x.shape[1:]}; a reference "
+            "is made of pictures."
+        )
+    number = len(x) if number is None else number
+    if not 2 <= number <= len(x):
+        raise UserError(
+            f"--number is {number}; split {split!r} has {len(x)} pictures, and at "
+            "least 2 are needed."
+        )
+    about = describe(x, split, features, number)
+    if path is None:
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+        path = data.cache / "references" / f"{name}.safetensors"
+    path = Path(path)
+    if path.exists():
+        return Reference.load(path, about), path
+    found = make(x, features, number, batch_size, about)
+    found.save(path)
+    return found, path
+
+
+def describe(x: np.ndarray, split: str, features: Features, number: int) -> dict[str, str]:
+    """All that decides a reference."""
+    digest = hashlib.sha256(str(x.shape).encode())
+    for start in range(0, len(x), 1024):
+        digest.update(x[start : start + 1024].tobytes())
+    return {
+        "version": str(VERSION),
+        "data": digest.hexdigest(),
+        "split": split,
+        "pictures": f"{number} of {len(x)} pictures of {' x '.join(map(str, x.shape[1:]))}",
+        "features": features.name,
+        "protocol": features.protocol,
+        "fingerprint": features.fingerprint(),
+    }
+
+
+def make(
+    x: np.ndarray, features: Features, number: int, batch_size: int, about: dict[str, str]
+) -> Reference:
+    """Reads pictures in an order drawn by a fixed seed, and keeps the first features."""
+    order = np.random.default_rng(0).permutation(len(x))[:number]
+    order = np.concatenate([np.sort(some) for some in np.split(order, [KEPT])])
+    kept, statistics = [], Statistics(features.dim, features.device)
+    with tqdm(total=number, desc=features.name, unit=" pictures", disable=None) as bar:
+        for start in range(0, number, batch_size):
+            found = features(torch.as_tensor(x[order[start : start + batch_size]]))
+            statistics.update(found)
+            kept.append(found[: max(KEPT - start, 0)].cpu())
+            bar.update(len(found))
+    rows = torch.as_tensor(order[:KEPT].astype(np.int64))
+    return Reference(statistics, torch.cat(kept), rows, about)

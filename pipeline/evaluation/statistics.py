@@ -1,0 +1,219 @@
+r"""Mean and covariance of features, gathered batch by batch in float64.
+
+What is kept is n, the mean m and the scatter :math:`M = \sum_i (f_i - m)(f_i - m)^\top`. Two sets
+a and b make one by
+
+.. math:: \delta = m_b - m_a, \qquad n = n_a + n_b, \qquad m = m_a + \frac{n_b}{n} \delta,
+    \qquad M = M_a + M_b + \frac{n_a n_b}{n} \delta \delta^\top
+
+which, unlike :math:`\sum f f^\top - n m m^\top`, subtracts no large numbers from each other: a
+mean far from zero costs no digits. The rule is exact, so it does not matter in which order, in
+what batches or on how many devices the features came.
+
+References:
+    | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub and
+      LeVeque, 1979), equations (1.5)
+    | http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+__all__ = ["Reference", "Statistics", "by_class", "gather"]
+
+
+class Statistics:
+    """n, mean and scatter of features, float64.
+
+    Arguments:
+        dim: The length D of a feature.
+        device: Where they are gathered. Among processes that talk through NCCL, a GPU.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> "Statistics":
+        """Adds features, of any precision, with shape :math:`(B, D)`; B may be 0.
+
+        A batch costs one matrix product: :math:`\\delta`, scaled, is one more row of the centred
+        batch.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(
+                f"Features have shape {tuple(features.shape)}; expected (B, {len(self.mean)})."
+            )
+        b = len(features)
+        if b == 0:
+            return self
+        rows = features.new_empty(b + 1, features.shape[1], dtype=torch.float64)
+        rows = rows.to(self.mean.device)
+        rows[:b] = features
+        mean = rows[:b].mean(0)
+        delta = mean - self.mean
+        rows[:b] -= mean
+        rows[b] = (self.n * b / (self.n + b)) ** 0.5 * delta
+        self.scatter.addmm_(rows.T, rows)
+        self.n += b
+        self.mean += b / self.n * delta
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        r"""The unbiased covariance :math:`M / (n - 1)`, with shape :math:`(D, D)`.
+
+        Raises:
+            ValueError: There are fewer than two features.
+        """
+        if self.n < 2:
+            raise ValueError(f"A covariance needs at least 2 features, and there are {self.n}.")
+        return self.scatter / (self.n - 1)
+
+    def reduce(self) -> "Statistics":
+        """The statistics of all processes together, the same in each; a process may have none.
+
+        Every process has to call it. Without `torch.distributed`, a copy.
+        """
+        whole = Statistics(len(self.mean), self.mean.device)
+        whole.n, whole.mean, whole.scatter = self.n, self.mean.clone(), self.scatter.clone()
+        if not in_group():
+            return whole
+        sums = torch.cat([self.mean.new_tensor([self.n]), self.n * self.mean])
+        torch.distributed.all_reduce(sums)
+        whole.n = int(sums[0])
+        whole.mean = sums[1:] / max(whole.n, 1)
+        delta = self.mean - whole.mean
+        whole.scatter.addr_(delta, delta, alpha=self.n)
+        torch.distributed.all_reduce(whole.scatter)
+        return whole
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, those of the first process first; each may have another number.
+
+    Every process has to call it, with rows of one width.
+    """
+    if not in_group():
+        return rows
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
+    counts[rank] = len(rows)
+    torch.distributed.all_reduce(counts)
+    filled = rows.new_zeros(int(counts.max()), *rows.shape[1:])
+    filled[: len(rows)] = rows
+    parts = [torch.empty_like(filled) for _ in range(world)]
+    torch.distributed.all_gather(parts, filled)
+    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
+
+
+def in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Statistics]:
+    """The statistics of each class.
+
+    Arguments:
+        features: Features, with shape :math:`(N, D)`.
+        labels: The class of each.
+    """
+    if len(features) != len(labels):
+        raise ValueError(
+            f"There are {len(features)} features and {len(labels)} labels; expected as many."
+        )
+    rows: dict[Hashable, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    return {
+        label: Statistics(features.shape[1], features.device).update(features[some])
+        for label, some in rows.items()
+    }
+
+
+class Reference(NamedTuple):
+    """What generated pictures are compared with: the statistics of a data set, and some of its
+    features for the distances that need them one by one.
+
+    Arguments:
+        statistics: Of all N pictures.
+        features: Features of K of them, float32, with shape :math:`(K, D)`.
+        rows: Which these are, ascending, int64, with shape :math:`(K,)`.
+        about: What decides all this, as names and words: the data's digest, the features'
+            fingerprint, …
+    """
+
+    statistics: Statistics
+    features: Tensor
+    rows: Tensor
+    about: dict[str, str]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all; `about` is its metadata."""
+        path = Path(path)
+        tensors = {
+            "n": torch.tensor(self.statistics.n),
+            "mean": self.statistics.mean.cpu(),
+            "scatter": self.statistics.scatter.cpu(),
+            "features": self.features.float().cpu().contiguous(),
+            "rows": self.rows.cpu(),
+        }
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, metadata=self.about)
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The reference cannot be written to {path}: {error}") from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, about: dict[str, str]) -> "Reference":
+        """Reads a file, if it is about what is asked for.
+
+        Arguments:
+            path: A file written by :meth:`save`.
+            about: What has to be the same in its metadata; further entries of it may be anything.
+
+        Raises:
+            UserError: There is no such file, it is another kind of file or cut short, or it is
+                about something else.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"There is no reference {path}; `python -m pipeline reference` makes.")
+        try:
+            with safe_open(path, "pt") as file:
+                told = file.metadata() or {}
+                for key, value in about.items():
+                    if told.get(key) != value:
+                        raise UserError(
+                            f"The reference {path} is about {key} {told.get(key)!r}, and "
+                            f"{value!r} is asked for; make one with `python -m pipeline "
+                            "reference`."
+                        )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            statistics = Statistics(len(tensors["mean"]))
+            statistics.n = int(tensors["n"])
+            statistics.mean, statistics.scatter = tensors["mean"], tensors["scatter"]
+            return cls(statistics, tensors["features"], tensors["rows"], told)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{path} cannot be read as a reference ({json.dumps(str(error)[:100])}); it may "
+                "be cut short or another kind of file."
+            ) from error
