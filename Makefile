@@ -10,7 +10,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train generate evaluate test test-full lint format bench docker clean
+.PHONY: help setup train generate evaluate lecture test test-full lint format bench docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ generate: $(SETUP) ## Draw PROMPT (or a few default prompts) with the newest che
 evaluate: $(SETUP) ## Measure the newest checkpoint, or CHECKPOINT
 	@exec $(PY) -m pipeline evaluate $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
+lecture: $(SETUP) ## Climb the lecture's ladder (ten minutes or so) and write docs/lecture.md
+	@exec $(PY) benchmarks/lecture.py $(ARGS)
+
 test: $(SETUP) ## Run the quick tests
 	@exec $(PY) -m pytest -m "not slow" $(ARGS)
 
@@ -49,7 +52,7 @@ format: $(SETUP) ## Format, and mend what ruff can mend
 	@$(PY) -m ruff format .
 
 bench: $(SETUP) ## Run the benchmarks that need no checkpoint, one by one
-	@set -e; for bench in $(filter-out %/neighbours.py,$(wildcard benchmarks/*.py)); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
+	@set -e; for bench in $(filter-out %/neighbours.py %/lecture.py,$(wildcard benchmarks/*.py)); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
 
 docker: ## Build the image of a GPU trainer
 	docker build -f docker/Dockerfile -t conditional-score-pipeline $(ARGS) .
