@@ -272,6 +272,12 @@ def _add_evaluate(commands: Any) -> None:  # noqa: ANN401
         "--clip", metavar="FOLDER", help="a CLIP, a folder or a name on the hub, to score prompts"
     )
     parser.add_argument(
+        "--likelihood",
+        type=int,
+        metavar="K",
+        help="also bits per dimension of K true held-out pictures, without guidance",
+    )
+    parser.add_argument(
         "--out",
         metavar="FILE.json",
         help="write the result, and a sheet beside it; a FOLDER takes many, and the plot of a "

@@ -22,21 +22,24 @@ from typing import Any, TypeVar
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline.data import DataModule
 from pipeline.drawing import bar, choose, open_model
 from pipeline.errors import UserError
 from pipeline.evaluation.adherence import CLIP
-from pipeline.evaluation.measure import DISTANCES, FEWEST, Measure
+from pipeline.evaluation.measure import DISTANCES, FEWEST, Measure, bits_of_held_out
 from pipeline.generator import Generator, build, place
 from pipeline.png import contact_sheet
 from pipeline.referencing import read_features
+from pipeline.samplers import Likelihood
 
 __all__ = ["evaluate"]
 
 VERSION = 1  # of what a result says: raise it when the same pictures would score otherwise
 BIASED = 10_000  # pictures below which a Fréchet distance comes out too large
-SCORES = (*DISTANCES, "clip_score", "retrieval")
+SCORES = (*DISTANCES, "inception_score", "clip_score", "retrieval")
+WORST = 3  # classes that are printed
 
 T = TypeVar("T")
 
@@ -54,6 +57,7 @@ def evaluate(args: Namespace) -> int:
     several = len(checkpoints) * len(choices) > 1
     check(args, several)
     features, clip = read_features(args.features), CLIP(args.clip) if args.clip else None
+    likelihood = Likelihood()
 
     @functools.cache
     def measure_of(data: str) -> Measure:
@@ -77,11 +81,21 @@ def evaluate(args: Namespace) -> int:
                     "clip": clip and clip.fingerprint(),
                     "version": VERSION,
                 }
+                if args.likelihood is not None:
+                    decisive["likelihood"] = {
+                        "pictures": args.likelihood,
+                        "steps": likelihood.path.steps,
+                        "probes": likelihood.probes,
+                    }
                 measure = functools.partial(measure_of, json.dumps(about["data"]))
+                # once for a checkpoint: sampler and guidance have no part in it
+                bits = functools.cache(
+                    functools.partial(bits_of, generator, measure, likelihood, args)
+                )
                 for choice in choices:
                     settings = choose(generator, about, *choice, args.trust) | decisive
                     told = {"checkpoint": str(path), **settings}
-                    found.append(result_of(generator, measure, told, key_of(settings), args))
+                    found.append(result_of(generator, measure, bits, told, key_of(settings), args))
                     if not several and place()[0] == 0:
                         print(block(found[-1]))
         finally:
@@ -96,6 +110,10 @@ def check(args: Namespace, several: bool) -> None:
         raise UserError(
             f"--number {args.number} must be at least {FEWEST}, and --seeds {args.seeds} at least "
             "1."
+        )
+    if args.likelihood is not None and args.likelihood < 2:
+        raise UserError(
+            f"--likelihood {args.likelihood} must be at least 2: one picture shows no error."
         )
     if several and (not args.out or is_file(args.out)):
         raise UserError(
@@ -161,6 +179,7 @@ def open_data(node: dict[str, Any], trust: Sequence[str]) -> DataModule:
 def result_of(
     generator: Generator,
     measure: Callable[[], Measure],
+    bits: Callable[[], dict[str, float]],
     settings: dict[str, Any],
     key: str,
     args: Namespace,
@@ -169,8 +188,9 @@ def result_of(
     file = place_of(args.out, settings, key)
     result = from_first(lambda: known(file, key))
     if result is None:
+        of_true = bits()  # first, for it may ask for more pictures than there are
         scores, pictures, prompts = measured(generator, measure(), args)
-        result = {"key": key, **settings, **scores}
+        result = {"key": key, **settings, **scores, **of_true}
         result |= {"device": str(generator.device), "command": args.line}
         if file and place()[0] == 0:
             write(file, result)
@@ -249,6 +269,24 @@ def measured(
     return result, pictures, prompts
 
 
+def bits_of(
+    generator: Generator, measure: Callable[[], Measure], likelihood: Likelihood, args: Namespace
+) -> dict[str, float]:
+    """Where asked for, the bits for each value of true pictures: their mean and its standard
+    error.
+    """
+    if args.likelihood is None:
+        return {}
+    data, n, b = measure().data, args.likelihood, args.micro_batch
+    silent = True if generator.place()[0] > 0 else None
+    with tqdm(
+        total=generator.rounds(n, b), desc="Likelihood", unit="batch", disable=silent
+    ) as progress:
+        found = bits_of_held_out(generator, data, n, likelihood, args.seed, b, progress.update)
+    error = found.std().item() / math.sqrt(n)
+    return {"bits_per_dim": found.mean().item(), "bits_per_dim_error": error}
+
+
 def over(trees: list[Any], what: Callable[[list[float]], float]) -> Any:
     """A statistic of each number of equal dictionaries, at any depth."""
     if isinstance(trees[0], dict):
@@ -286,10 +324,11 @@ def block(result: dict[str, Any]) -> str:
     """A result line by line, each score beside what it is to be compared with."""
     lines = [f"{result['pictures']} pictures of what was held out of training"]
     spread = result["spread"] or {}
+    width = max(10, *(len(name) for name in (*SCORES, "bits_per_dim") if name in result))
     for name, value in result.get("accuracy", {}).items():
         shuffled, chance = result["shuffled"][name], result["chance"][name]
         lines.append(
-            f"{name:>10} {value:.3f}{plus_minus(spread.get('accuracy', {}).get(name))}   "
+            f"{name:>{width}} {value:.3f}{plus_minus(spread.get('accuracy', {}).get(name))}   "
             f"prompts shuffled {shuffled:.3f}   chance {chance:.3f}"
         )
     for name in SCORES:
@@ -297,11 +336,28 @@ def block(result: dict[str, Any]) -> str:
             ends = ""
             if name == "kernel":
                 ends = f" (95 %: {result['kernel_low']:.4g} to {result['kernel_high']:.4g})"
+            if name == "inception_score":
+                ends = f" (over splits: ± {result['inception_score_deviation']:.2g})"
             lines.append(
-                f"{name:>10} {result[name]:.4g}{plus_minus(spread.get(name))}{ends}   "
+                f"{name:>{width}} {result[name]:.4g}{plus_minus(spread.get(name))}{ends}   "
                 f"true pictures {result['floor'].get(name, math.nan):.4g}"
             )
+    if "bits_per_dim" in result:
+        error = plus_minus(result["bits_per_dim_error"])
+        lines.append(f"{'bits_per_dim':>{width}} {result['bits_per_dim']:.4g}{error}")
+    if "frechet_by_class" in result:
+        lines.append(worst(result))
     return "\n".join(lines)
+
+
+def worst(result: dict[str, Any]) -> str:
+    """The classes of largest Fréchet distance."""
+    of_class, floor = result["frechet_by_class"], result["floor"].get("frechet_by_class", {})
+    told = [
+        f"{name} {of_class[name]:.4g} (true pictures {floor.get(name, math.nan):.4g})"
+        for name in sorted(of_class, key=of_class.__getitem__, reverse=True)[:WORST]
+    ]
+    return f"frechet within the worst of {len(of_class)} classes: {', '.join(told)}"
 
 
 def plus_minus(spread: float | None) -> str:
@@ -320,6 +376,18 @@ def context(result: dict[str, Any]) -> str:
         if seeds > 1
         else "seeds: 1, so the spread is not known; --seeds 3 shows it",
     ]
+    if "likelihood" in result:
+        how = result["likelihood"]
+        lines.append(
+            f"bits_per_dim: of {how['pictures']} true pictures that training did not see, without "
+            f"guidance, in {how['steps']} steps with {how['probes']} probe each; what stands "
+            "behind ± is the standard error"
+        )
+    if "inception_score" in result:
+        lines.append(
+            "inception_score: the larger the more pictures; only that of Inception-v3, of 50,000 "
+            "pictures, may be compared with published ones"
+        )
     if n < result["pictures"]:
         lines.append(f"warning: the floor is of {n} pictures, all there are; with more it is less")
     if result["pictures"] < BIASED:
@@ -344,7 +412,8 @@ def row(result: dict[str, Any]) -> dict[str, Any]:
     if "accuracy" in result:
         line |= {"accuracy": result["accuracy"]["mean"], "all": result["accuracy"]["all"]}
         line["accuracy_spread"] = spread.get("accuracy", {}).get("mean")
-    line |= {name: result[name] for name in SCORES if name in result}
+    of_true = ("bits_per_dim", "bits_per_dim_error")
+    line |= {name: result[name] for name in (*SCORES, *of_true) if name in result}
     line |= {"frechet_spread": spread.get("frechet"), "frechet_floor": result["floor"]["frechet"]}
     return line
 

@@ -25,14 +25,17 @@ from torch.nn.functional import avg_pool2d
 from pipeline.cli import main
 from pipeline.conditioning import Classes
 from pipeline.data import Hub, Relations, Shapes
+from pipeline.evaluating import block, context, over
 from pipeline.evaluation import shapes
 from pipeline.evaluation.adherence import CLIP, clip_score
-from pipeline.evaluation.distances import frechet, kernel_distance
+from pipeline.evaluation.distances import frechet, inception_score, kernel_distance
 from pipeline.evaluation.features import Own
 from pipeline.evaluation.measure import Measure, held_out, read
 from pipeline.evaluation.statistics import Statistics
 from pipeline.generator import Generator
-from pipeline.noise import Noise
+from pipeline.noise import Noise, PictureNoise
+from pipeline.samplers import Likelihood
+from pipeline.samplers.likelihood import dequantise
 
 
 class Means(nn.Module):
@@ -40,6 +43,20 @@ class Means(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return avg_pool2d(x.float() / 255, x.shape[-1] // 4).flatten(1)
+
+
+class Colours(nn.Module):
+    """The mean colour alone: three features, so that few pictures are many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3)) / 255
+
+
+class Classified(Own):
+    """Features with classes: which of the first ten is the largest."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        return 20 * features[:, :10]
 
 
 MEANS = """
@@ -159,6 +176,112 @@ def test_true_pictures_score_the_floor_and_the_training_pictures_0(tmp_path: Pat
     assert collapsed["density"] > 0 and collapsed["coverage"] > 0  # in a ball around a true one
 
 
+def test_inception_score_is_of_all_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.measure.KEPT", 9)  # neighbours are of fewer
+    _, data, _ = small(tmp_path)
+    features = Classified(Means(), 48)
+    measure = Measure(data, features, 10)
+    pictures = torch.tensor(np.array(data.rows("train").x))
+    scores = measure.score(pictures, ["a"] * 30)
+    mean, deviation = inception_score(features.logits(features(pictures)), Noise("splits"), 10)
+    assert scores["inception_score"] == pytest.approx(mean, rel=1e-6) and mean > 1.01  # float32
+    assert scores["inception_score_deviation"] == pytest.approx(deviation, rel=1e-4)
+    assert deviation > 0
+    # ten pictures are ten splits of one, each as clear as their mean; without classes, none
+    assert measure.floor["inception_score"] == pytest.approx(1)
+    assert measure.score(pictures[:6], ["a"] * 6)["inception_score"] == pytest.approx(1)
+    assert "inception_score" not in Measure(data, Own(Means(), 48), 10).floor
+
+
+def test_frechet_within_each_class(tmp_path: Path) -> None:
+    _, data, free = small(tmp_path)
+    features = Own(Colours(), 3)
+    measure = Measure(data, features, 10)
+    own = np.array(measure.values)
+    x, train = measure.truth, torch.tensor(np.array(data.rows("train").x))
+    for one in (measure, Measure(data, features, 2)):  # references of all 30 rows, and of 20
+        rows = one.reference.rows
+        expected = {
+            label: frechet(
+                Statistics(3).update(features(train[rows[rows % 2 == k]])),
+                Statistics(3).update(features(x[own == label])),
+            )
+            for k, label in enumerate("ab")  # rows take turns
+        }
+        found = one.score(x, measure.values)["frechet_by_class"]
+        assert found == pytest.approx(expected, rel=1e-6) and found["a"] != found["b"]
+    assert measure.floor["frechet_by_class"].keys() == {"a", "b"}
+
+    # with three of a class its covariance is singular; one class is not several; "c" is unknown
+    assert "frechet_by_class" in measure.score(x[:8], ["a", "b"] * 4)
+    assert "frechet_by_class" not in measure.score(x[:7], ["a", "b"] * 3 + ["a"])
+    assert "frechet_by_class" not in measure.score(x, ["a"] * 10)
+    assert "frechet_by_class" not in measure.score(x, ["a", "c"] * 5)
+    assert "frechet_by_class" not in Measure(data, Own(Means(), 48), 10).floor  # 15 of each
+    assert "frechet_by_class" not in Measure(free, features, 10).floor
+
+
+def test_the_worst_classes_are_told() -> None:
+    distances = {"cat": 3.0, "dog": 1.0, "ship": 4.0, "frog": 2.0}
+    result = {"pictures": 9, "spread": None, "frechet": 1.0, "floor": {"frechet": 0.5}}
+    said = block(result | {"frechet_by_class": distances}).splitlines()[-1]
+    assert said == (
+        "frechet within the worst of 4 classes: ship 4 (true pictures nan), cat 3 (true pictures "
+        "nan), frog 2 (true pictures nan)"
+    )
+    result["floor"]["frechet_by_class"] = dict.fromkeys(distances, 0.25)
+    assert "cat 3 (true pictures 0.25)" in block(result | {"frechet_by_class": distances})
+    repeats = [{"frechet_by_class": {"cat": k, "dog": 2 * k}} for k in (1.0, 2.0)]
+    assert over(repeats, statistics.fmean) == {"frechet_by_class": {"cat": 1.5, "dog": 3.0}}
+
+
+def test_inception_score_is_told_beside_that_of_true_pictures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "classified.yaml").write_text(
+        MEANS.replace("pipeline.evaluation.features.Own", "test_evaluate.Classified")
+    )
+    own = ["--features", str(tmp_path / "classified.yaml"), "--number", "24", "--seeds", "2"]
+    told = evaluate(run, tmp_path / "r.json", *own)
+    of_each = [one["inception_score"] for one in told["repeats"]]
+    assert told["inception_score"] == pytest.approx(statistics.mean(of_each))
+    said = capsys.readouterr().out
+    assert (
+        f"inception_score {told['inception_score']:.4g} ± {told['spread']['inception_score']:.2g} "
+        f"(over splits: ± {told['inception_score_deviation']:.2g})   "
+        f"true pictures {told['floor']['inception_score']:.4g}\n"
+    ) in said and "only that of Inception-v3" in context(told)
+
+
+def test_likelihood_is_that_of_the_unguided_denoiser(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    likelihood = Likelihood(8)
+    monkeypatch.setattr("pipeline.evaluating.Likelihood", lambda: likelihood)  # in little time
+    asked = ["--number", "6", "--likelihood", "6", "--seed", "3", "--scale", "30,1"]
+    assert main(command(run, "--out", str(tmp_path), *asked)) == 0
+    first, second = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
+    said = capsys.readouterr().out
+
+    generator = Generator.from_checkpoint(run / "last.ckpt")
+    values, truth = held_out(Shapes(None, 1), 6)
+    noise = PictureNoise(range(3, 9))
+    x = dequantise(truth, noise)
+    log_prob = likelihood(generator.denoiser, x, generator.embed(values), noise)
+    bits = np.log2(127.5) - log_prob.numpy() / (3 * 32 * 32 * np.log(2))
+    # in micro-batches of 4 a convolution sums in another order; other seeds are 1e-5 away
+    assert first["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
+    error = bits.std(ddof=1) / np.sqrt(6)
+    assert first["bits_per_dim_error"] == pytest.approx(error, rel=1e-4)
+    assert first["likelihood"] == {"pictures": 6, "steps": 8, "probes": 1}
+    assert "6 true pictures" in said and "8 steps with 1 probe" in said
+    assert f"{first['bits_per_dim']:.4g}" in said
+    for name in ("bits_per_dim", "bits_per_dim_error"):
+        assert second[name] == first[name]  # at either scale
+
+
 def test_features_are_kept_in_order() -> None:
     pictures = torch.arange(150 * 3 * 64).view(150, 3, 8, 8).remainder(251).to(torch.uint8)
     features = Own(Means(), 48)
@@ -194,7 +317,9 @@ def test_a_result_says_what_it_is_to_be_compared_with(
     assert first["frechet"] == of_each[0]  # what the file held is of another seed
 
 
-def test_classes_and_pictures_without_any(run: Path, tmp_path: Path) -> None:
+def test_classes_and_pictures_without_any(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From `fit` to a score on data of one's own, one model for each of two classes, one free."""
     small(tmp_path)
     (tmp_path / "means.yaml").write_text(MEANS)
@@ -214,6 +339,8 @@ def test_classes_and_pictures_without_any(run: Path, tmp_path: Path) -> None:
         told = evaluate(tmp_path / name, tmp_path / f"{name}.json", "--number", "12")
         assert told["floor"]["number"] == 10 and told["frechet"] > told["floor"]["frechet"]
         assert told["evaluations"] == (6 if conditioning else 3) and "accuracy" not in told
+    assert main(command(tmp_path / "free", "--number", "12", "--likelihood", "11")) == 2
+    assert "--likelihood 11 is more than the 10 pictures" in capsys.readouterr().err
 
 
 def test_clip_scores_prompts(tmp_path: Path) -> None:
@@ -302,6 +429,7 @@ def test_bad_input_ends_in_one_sentence(
     for checkpoint, args, said in (
         (run, ["--number", "5"], "--number 5 must be at least 6"),
         (run, ["--seeds", "0"], "--seeds 0 at least 1"),
+        (run, ["--likelihood", "1"], "--likelihood 1 must be at least 2"),
         (run, ["--steps", "1,two"], "--steps 1,two is no list of numbers"),
         (run, ["--scale", "1,2"], "give --out FOLDER, not none"),
         (run, ["--scale", "1,2", *file], "give --out FOLDER"),
@@ -320,7 +448,7 @@ def test_bad_input_ends_in_one_sentence(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [11, 6])  # 3 micro-batches for 2 processes, and 2
 def test_two_processes_measure_as_one(run: Path, tmp_path: Path, number: int) -> None:
-    many = ["--number", str(number), "--scale", "2"]
+    many = ["--number", str(number), "--scale", "2", "--likelihood", "5"]
     one = evaluate(run, tmp_path / "one.json", *many)
     processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = command(run, "--out", str(tmp_path / "two.json"), *many)
@@ -339,6 +467,7 @@ def test_two_processes_measure_as_one(run: Path, tmp_path: Path, number: int) ->
     sheets = [Image.open(tmp_path / f"{name}.png").tobytes() for name in ("one", "two")]
     assert sheets[0] == sheets[1]
     assert two["accuracy"] == one["accuracy"] and two["evaluations"] == one["evaluations"]
+    assert two["bits_per_dim"] == pytest.approx(one["bits_per_dim"], rel=1e-6)  # in float32
     for name in ("frechet", "kernel", "kernel_low", "precision", "density"):
         assert two[name] == pytest.approx(one[name], rel=1e-10)
         assert two["floor"][name] == pytest.approx(one["floor"][name], rel=1e-10)

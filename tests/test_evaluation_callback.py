@@ -81,7 +81,7 @@ def test_what_is_spent_stays_within_its_share(
     def score(*_: object) -> tuple[dict[str, Any], None, None]:
         scored.append(clock[0])
         clock[0] += 10  # seconds for each
-        return dict.fromkeys(("frechet", "kernel", "precision"), 0.0), None, None
+        return dict.fromkeys(("frechet", "kernel", "inception_score"), 0.0), None, None
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     monkeypatch.setattr("pipeline.callbacks.evaluation.DISTANCES", ("frechet",))
@@ -96,6 +96,7 @@ def test_what_is_spent_stays_within_its_share(
     # from 200 + 10 s on, then the third from 300 + 20 s on; the fourth would be due at 430 s
     assert scored == [25, 210, 320]
     assert module.said["eval/seconds"] == 10
+    assert "eval/inception_score_112" in module.said
 
 
 class Stub:

@@ -21,10 +21,11 @@ class Evaluation(pl.Callback):
     The clock is that of the first process.
 
     Logged are the scores of :class:`pipeline.evaluation.measure.Measure`, the distances with the
-    length of the features in their name (`eval/frechet_112`, `eval/kernel_112`, …), the
-    distance of true pictures beside the Fréchet distance (`eval/frechet_112_floor`), on the
-    built-in shapes `eval/accuracy`, and what it cost, `eval/seconds`. A `ModelCheckpoint` that
-    monitors one of them keeps the best; a validation that is not scored does not count for it.
+    length of the features in their name (`eval/frechet_112`, `eval/kernel_112`, …), and so the
+    Inception score where the features have classes, the distance of true pictures beside the
+    Fréchet distance (`eval/frechet_112_floor`), on the built-in shapes `eval/accuracy`, and what
+    it cost, `eval/seconds`. A `ModelCheckpoint` that monitors one of them keeps the best; a
+    validation that is not scored does not count for it.
 
     Data that are not pictures are not scored.
 
@@ -93,8 +94,9 @@ class Evaluation(pl.Callback):
         )
         scores, _, _ = self.measure(generator, self.seed, self.micro_batch)
         dim = self.features.dim
-        distances = {f"{name}_{dim}": scores[name] for name in DISTANCES}
-        said = distances | {f"frechet_{dim}_floor": self.floor}
+        names = [name for name in (*DISTANCES, "inception_score") if name in scores]
+        said = {f"{name}_{dim}": scores[name] for name in names}
+        said[f"frechet_{dim}_floor"] = self.floor
         if "accuracy" in scores:
             said |= {"accuracy": scores["accuracy"]["mean"], "all": scores["accuracy"]["all"]}
         self.last = time.monotonic() - start

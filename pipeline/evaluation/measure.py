@@ -7,7 +7,9 @@ rows: no model can be expected to be nearer than this *floor*, which is far from
 are few. Where there are fewer held-out rows, the floor is that of all of them, and says so.
 """
 
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import DataModule, Relations, Shapes
+from pipeline.errors import UserError
 from pipeline.evaluation.adherence import (
     CLIP,
     clip_score,
@@ -26,23 +29,27 @@ from pipeline.evaluation.adherence import (
 from pipeline.evaluation.distances import (
     density_coverage,
     frechet,
+    frechet_by_class,
+    inception_score,
     kernel_distance,
     precision_recall,
 )
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.reference import reference_of
-from pipeline.evaluation.statistics import Reference, Statistics, gather
+from pipeline.evaluation.statistics import Reference, Statistics, by_class, gather
 from pipeline.generator import Generator, place
-from pipeline.noise import Noise
+from pipeline.noise import Noise, PictureNoise
 from pipeline.png import to_uint8
-from pipeline.samplers import State
+from pipeline.samplers import Likelihood, State
+from pipeline.samplers.likelihood import bits_per_dim, dequantise
 
-__all__ = ["DISTANCES", "FEWEST", "Measure", "held_out", "read"]
+__all__ = ["DISTANCES", "FEWEST", "Measure", "bits_of_held_out", "held_out", "read"]
 
 DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage")
 FEWEST = 6  # pictures: density and coverage look at the fifth neighbour
 TIMES = 10  # training pictures in a reference for each that is drawn
 KEPT = 10_000  # pictures whose features are compared one by one
+SPLITS = 10  # of the Inception score, as published
 BATCH = 64  # pictures read together
 
 
@@ -104,23 +111,31 @@ class Measure:
         return found | self.score(pictures, values), pictures, list(map(str, values))
 
     @cached_property
-    def floor(self) -> dict[str, float]:
+    def floor(self) -> dict[str, Any]:
         """The scores of `number` true held-out pictures, or of as many as there are."""
         n = len(self.truth)
         return {"number": n} | self.score(self.truth, self.values[:n])
 
-    def score(self, pictures: Tensor, values: list[Any]) -> dict[str, float]:
+    def score(self, pictures: Tensor, values: list[Any]) -> dict[str, Any]:
         """Distances of pictures from the reference: Fréchet, kernel with the ends of its 95 %
         interval, precision, recall, density and coverage; with CLIP, the mean score of a picture
         with its prompt, and the part of them that finds its own prompt among all.
 
-        All but the first take at most 10,000 pictures, and as many of the reference.
+        Kernel to coverage take at most 10,000 pictures, and as many of the reference.
+
+        Where the network of the features has classes, the Inception score: its mean over ten
+        splits, and its standard deviation over them. Only that of Inception-v3 may be compared
+        with published ones, and these are of 50,000 pictures.
+
+        Where the prompts are classes, the Fréchet distance within each, if each has more pictures
+        than a feature has numbers, here and among those whose features the reference keeps.
 
         Arguments:
             pictures: uint8, with shape (N, C, H, W).
             values: The prompt of each.
         """
-        statistics, y = read(self.features, pictures)
+        statistics, of_all = read(self.features, pictures)
+        y = of_all[:KEPT]
         order = Noise("reference").uniform(len(self.reference.features)).argsort()
         x = self.reference.features[order[: len(y)]].to(y.device)
         kernel = kernel_distance(x, y, Noise("resamples"))
@@ -132,6 +147,12 @@ class Measure:
             **precision_recall(x, y)._asdict(),
             **density_coverage(x, y)._asdict(),
         }
+        with suppress(UserError):  # a network without classes has no logits
+            logits = self.features.logits(of_all)
+            mean, deviation = inception_score(logits, Noise("splits"), min(SPLITS, len(logits)))
+            found |= {"inception_score": mean, "inception_score_deviation": deviation}
+        if each := self.within_classes(of_all, values):
+            found["frechet_by_class"] = each
         if self.clip is not None:
             prompts, own = distinct(list(map(str, values)))
             found["clip_score"] = clip_score(self.clip, pictures, values).mean().item()
@@ -139,6 +160,19 @@ class Measure:
                 f, g = torch.cat(list(self.clip.read(pictures))), self.clip.embed(prompts)
                 found["retrieval"] = retrieval_accuracy(f, g, own)[0]
         return found
+
+    def within_classes(self, features: Tensor, values: list[Any]) -> dict[str, float]:
+        """The Fréchet distance within each class that was asked for; nothing if there are not two,
+        or if one has no more pictures than a feature has numbers: its covariance is singular.
+        """
+        known = self.data.rows("train").values
+        labels = [] if known is None else [known[row] for row in self.reference.rows.tolist()]
+        real, drawn = Counter(labels), Counter(values)
+        if len(drawn) < 2 or any(min(real[k], n) <= self.features.dim for k, n in drawn.items()):
+            return {}
+        of_real = by_class(self.reference.features, labels)
+        found = frechet_by_class(of_real, by_class(features, values))
+        return {str(label): value for label, value in found.items()}
 
 
 def open_reference(data: DataModule, features: Features, number: int) -> Reference:
@@ -179,7 +213,7 @@ def in_rounds(total: int, number: int, order: np.random.Generator) -> np.ndarray
 
 
 def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:
-    """The statistics of the features of all pictures, and the features of the first 10,000.
+    """The statistics of the features of all pictures, and the features, with shape (N, D).
 
     Each process reads its share, and has the whole. What is read together does not depend on how
     many they are, so neither does a feature.
@@ -195,7 +229,58 @@ def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:
     for start in range(rank * BATCH, len(pictures), world * BATCH):
         found = features(pictures[start : start + BATCH])
         statistics.update(found)
-        kept.append(found[: max(KEPT - start, 0)])
-        rows.append(start + torch.arange(len(kept[-1]), device=features.device))
+        kept.append(found)
+        rows.append(start + torch.arange(len(found), device=features.device))
     order = gather(torch.cat(rows)).argsort()
     return statistics.reduce(), gather(torch.cat(kept))[order]
+
+
+def bits_of_held_out(
+    generator: Generator,
+    data: DataModule,
+    number: int,
+    likelihood: Likelihood,
+    seed: int = 0,
+    micro_batch: int = 16,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    r"""Bits for each value of true pictures x given their conditions u, by the likelihood
+    :math:`p(x \mid u)` of the denoiser as it was trained.
+
+    Guidance has no part in it: unless its scale is 0 or 1, what it aims at is no normalised law.
+    Where processes work together, each takes its share, and all have the bits of all.
+
+    Arguments:
+        generator: Whose denoiser and conditioning are taken.
+        data: The data module of the model; its held-out pictures are those of :func:`held_out`.
+        number: The number K of pictures.
+        likelihood: How :math:`\log p` is found.
+        seed: Picture k is dequantised, and its probes are drawn, with seed `seed` + k.
+        micro_batch: How many are taken together.
+        progress: Called after each micro-batch.
+
+    Returns:
+        What :func:`pipeline.samplers.likelihood.bits_per_dim` says of each, with shape (K,).
+
+    Raises:
+        UserError: The data hold out fewer pictures.
+    """
+    values, truth = held_out(data, number)
+    if len(truth) < number:
+        raise UserError(
+            f"--likelihood {number} is more than the {len(truth)} pictures that were held out of "
+            "training; ask for no more than these."
+        )
+    rank, world = place()
+    bits = torch.zeros(number, device=generator.device)
+    for start in range(rank * micro_batch, number, world * micro_batch):
+        some = slice(start, min(start + micro_batch, number))
+        noise = PictureNoise(range(seed + some.start, seed + some.stop))
+        x = dequantise(truth[some], noise).to(generator.device)
+        log_prob = likelihood(generator.denoiser, x, generator.embed(values[some]), noise)
+        bits[some] = bits_per_dim(log_prob, x[0].numel())
+        if progress is not None:
+            progress()
+    if world > 1:
+        torch.distributed.all_reduce(bits)
+    return bits
