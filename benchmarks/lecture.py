@@ -327,7 +327,7 @@ def starts(
 ) -> Figure:
     """The lecture's figure: a row is a starting point, a column an iteration."""
     columns, k = 9, torch.tensor([0, 3, 5, 8])
-    size = (columns, 4.4 * len(rungs))
+    size = (columns, 5.0 * len(rungs))
     figure, axes = plt.subplots(len(rungs) * len(k), columns, figsize=size)
     for r, rung in enumerate(rungs):
         sampler, denoiser = rung.make(sizes[rung.name]), models[rung.network]
@@ -344,6 +344,7 @@ def starts(
                 if i == 0:
                     name = f"{rung.name}\n" if c == 0 else ""
                     axis.set_title(f"{name}{at}", fontsize=8, loc="left")
+    figure.subplots_adjust(hspace=0.45)
     return figure
 
 
