@@ -197,6 +197,10 @@ def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
         help="pictures drawn together (default: 16)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
+    _add_device_and_trust(parser)
+
+
+def _add_device_and_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
     )
@@ -330,15 +334,6 @@ def _add_reference(commands: Any) -> None:  # noqa: ANN401
         "--batch", type=int, default=64, metavar="B", help="pictures read together (default: 64)"
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
-    )
-    parser.add_argument(
         "--out", metavar="FILE", help="where to write (default: the cache, where it is found)"
     )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="a package of yours whose classes the checkpoint may name; may be repeated",
-    )
+    _add_device_and_trust(parser)

@@ -20,7 +20,7 @@ from pipeline.guidance import ClassifierFree
 from pipeline.png import contact_sheet, save, to_uint8
 from pipeline.samplers import State
 
-__all__ = ["bar", "choose", "generate", "open_model"]
+__all__ = ["bar", "choose", "generate", "open_model", "pick_device"]
 
 
 def generate(args: Namespace) -> int:
@@ -119,15 +119,18 @@ def open_model(args: Namespace, checkpoint: str | None) -> tuple[Generator, dict
     path = Path(checkpoint) if checkpoint else newest()
     path = path / "last.ckpt" if path.is_dir() else path
     about = read_checkpoint(path)["pipeline"]
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device)
     try:
         generator = Generator.from_checkpoint(path, torch.device(device), args.trust)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be loaded on --device {device}: {reason}") from error
     return generator, about, path
+
+
+def pick_device(name: str) -> str:
+    """The device of a name; of "auto", a GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def choose(

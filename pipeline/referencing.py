@@ -6,10 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from pipeline.data import DataModule, Hub
+from pipeline.drawing import pick_device
 from pipeline.errors import UserError
 from pipeline.evaluation.features import EfficientNetLite0, Features
 from pipeline.evaluation.reference import reference_of
@@ -22,10 +22,7 @@ PLAIN = dict | list | bool | int | float | str | None
 
 def reference(args: Namespace) -> int:
     """The door: makes or finds a reference, and says where it is."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    features = read_features(args.features).to(device)
+    features = read_features(args.features).to(pick_device(args.device))
     data = open_data(args)
     found, path = reference_of(data, args.split, features, args.number, args.batch, args.out)
     print(f"{found.about['pictures']}, split {args.split!r}")

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.generator import place
 
 __all__ = ["Reference", "Statistics", "by_class", "gather"]
 
@@ -91,7 +92,7 @@ class Statistics:
         """
         whole = Statistics(len(self.mean), self.mean.device)
         whole.n, whole.mean, whole.scatter = self.n, self.mean.clone(), self.scatter.clone()
-        if not in_group():
+        if place()[1] == 1:
             return whole
         sums = torch.cat([self.mean.new_tensor([self.n]), self.n * self.mean])
         torch.distributed.all_reduce(sums)
@@ -108,9 +109,9 @@ def gather(rows: Tensor) -> Tensor:
 
     Every process has to call it, with rows of one width.
     """
-    if not in_group():
+    rank, world = place()
+    if world == 1:
         return rows
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
     counts[rank] = len(rows)
     torch.distributed.all_reduce(counts)
@@ -119,10 +120,6 @@ def gather(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(filled) for _ in range(world)]
     torch.distributed.all_gather(parts, filled)
     return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
-
-
-def in_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Statistics]:
