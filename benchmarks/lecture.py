@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline.condition import Condition
 from pipeline.denoisers import EDM, Denoiser, Energy, Preconditioned, ScoreDenoiser
 from pipeline.mcmc import MALA, ULA, HalfDenoising, Kernel
 from pipeline.mcmc.targets import GaussianMixture
@@ -78,8 +79,8 @@ class Data:
     small: float
     width: int
 
-    def u(self, k: Tensor) -> Tensor:
-        return torch.eye(len(self.truth))[k][:, None]  # (B, 1, K)
+    def u(self, k: Tensor) -> Condition:
+        return Condition(torch.eye(len(self.truth))[k][:, None])  # (B, 1, K)
 
 
 def mixture() -> Data:

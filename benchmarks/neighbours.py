@@ -17,9 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.generator import Generator, build, read_checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.data import DataModule
+from pipeline.generator import Generator
 from pipeline.guidance import ClassifierFree
-from pipeline.png import contact_sheet, to_uint8
+from pipeline.png import contact_sheet
 
 
 def spaced(n: int, count: int) -> np.ndarray:
@@ -36,20 +38,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="neighbours.png")
     args = parser.parse_args()
-    path = Path(args.checkpoint)
-    path = path / "last.ckpt" if path.is_dir() else path
-    generator = Generator.from_checkpoint(path)
+    generator = Generator.from_checkpoint(args.checkpoint)
     if args.scale is not None:
         generator.guidance = ClassifierFree(args.scale)
-    data = build(read_checkpoint(path)["pipeline"]["data"])
+    data = Checkpoint(args.checkpoint).data(DataModule)
     train, val = data.rows("train"), data.rows("val")
     training = torch.from_numpy(np.array(train.x)).flatten(1).float()  # (N, C·H·W)
     cells, captions, distances = [], [], {"seen": [], "unseen": []}
     for split, rows, count in (("seen", train, args.seen), ("unseen", val, args.unseen)):
         places = spaced(len(rows.x), count)
         prompts = [rows.values[i] for i in places]
-        x = torch.cat(list(generator(prompts, range(args.seed, args.seed + len(prompts)))))
-        drawn = to_uint8(x).cpu()
+        seeds = range(args.seed, args.seed + len(prompts))
+        drawn = torch.cat(list(generator(prompts, seeds))).cpu()
         away = torch.cdist(drawn.flatten(1).float(), training) / training.shape[1] ** 0.5
         near = away.argmin(dim=1)
         distances[split] = away.min(dim=1).values.tolist()

@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline.experiment import Experiment, keep_memory
 from pipeline.tracking import loggers
-from pipeline.training import CLI, keep_memory
 
 
 class Compare(pl.Callback):
@@ -80,14 +80,18 @@ def main() -> None:
     keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         steps = args.steps * (args.blocks + 1)
-        cli = CLI(
-            ["-c", args.experiment, "--run", folder, "--trainer.max_steps", str(steps)]
-            + ["--trainer.val_check_interval", str(10 * steps)]
-        )
+        length = [
+            "--trainer.max_steps",
+            str(steps),
+            "--trainer.val_check_interval",
+            str(10 * steps),
+        ]
+        experiment = Experiment([args.experiment], length, folder)
+        model, trainer = experiment.make()
         compare = Compare(args.steps)
-        cli.trainer.callbacks.append(compare)
-        cli.trainer.loggers = loggers(Path(folder), "benchmark", {})
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        trainer.callbacks.append(compare)
+        trainer.loggers = loggers(Path(folder), "benchmark", {})
+        trainer.fit(model, datamodule=experiment.data)
     ratios = [w / b for w, b in zip(compare.whole, compare.bare, strict=True)]
     ms = [1000 * statistics.median(times) / args.steps for times in (compare.whole, compare.bare)]
     low, high = min(ratios), max(ratios)

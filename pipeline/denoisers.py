@@ -29,8 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.building import Part
+from pipeline.condition import U
 from pipeline.errors import UserError
 from pipeline.mcmc.targets import GaussianMixture, NoDensity, Scaled, Target
+from pipeline.networks import Network
 from pipeline.networks.layers import pool, zero
 from pipeline.schedules import Schedule, expand_as_batch
 
@@ -47,7 +50,7 @@ __all__ = [
 ]
 
 
-class Denoiser(nn.Module, ABC):
+class Denoiser(Part, nn.Module, ABC):
     r"""A conditional mean :math:`D(x_t, t, u) = E[x \mid x_t, u]` under a noise schedule.
 
     Arguments:
@@ -59,23 +62,23 @@ class Denoiser(nn.Module, ABC):
         self.schedule = schedule
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         r"""The conditional mean D, with the shape of x_t.
 
         Arguments:
             x_t: A noisy tensor :math:`x_t`, with shape :math:`(B, *)`.
             t: The time, with shape () or (B,).
-            u: The condition, with shape (B, L, E), or `None`.
+            u: The condition, or `None`.
         """
 
-    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         r"""The score :math:`\phi(x_t \mid u) = (\alpha_t D - x_t) / \sigma_t^2`, with the shape of
         x_t.
         """
         alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
         return (alpha_t * self(x_t, t, u) - x_t) / sigma_t**2
 
-    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def log_prob(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         r"""The log-density :math:`\log p(x_t \mid u)`, with shape (B,), up to a constant that
         depends on t and u.
 
@@ -86,13 +89,11 @@ class Denoiser(nn.Module, ABC):
             f"{type(self).__name__} has a score and no density; use pipeline.denoisers.Energy."
         )
 
-    def log_prob_and_score(
-        self, x_t: Tensor, t: Tensor, u: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_score(self, x_t: Tensor, t: Tensor, u: U = None) -> tuple[Tensor, Tensor]:
         """Both, with shapes (B,) and that of x_t; what they share is computed once."""
         return self.log_prob(x_t, t, u), self.score(x_t, t, u)
 
-    def at(self, t: Tensor, u: Tensor | None = None) -> Target:
+    def at(self, t: Tensor, u: U = None) -> Target:
         """The noisy conditional law at one time, as a target; it has a density where the denoiser
         has one.
         """
@@ -100,7 +101,7 @@ class Denoiser(nn.Module, ABC):
 
 
 class _AtTime(Target):
-    def __init__(self, denoiser: Denoiser, t: Tensor, u: Tensor | None) -> None:
+    def __init__(self, denoiser: Denoiser, t: Tensor, u: U) -> None:
         self.denoiser, self.t, self.u = denoiser, t, u
 
     def score(self, x: Tensor) -> Tensor:
@@ -136,15 +137,13 @@ class Extrapolated(Target):
     Arguments:
         denoiser: The denoiser, guided or not.
         ratios: The noise ratios :math:`s_k`, different, each within the schedule's.
-        u: The condition, with shape (B, L, E), or `None`.
+        u: The condition, or `None`.
 
     Raises:
         ValueError: There are no ratios, two are equal, or the schedule does not reach one.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, ratios: Sequence[float], u: Tensor | None = None
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, ratios: Sequence[float], u: U = None) -> None:
         s = torch.tensor(ratios, dtype=torch.float64)
         if not len(s) or len(s.unique()) < len(s):
             raise ValueError(f"ratios = {list(ratios)} must hold at least one, all different.")
@@ -185,10 +184,10 @@ class FromScore(Denoiser):
     """
 
     @abstractmethod
-    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         """The score, from which D follows."""
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
         return (x_t + sigma_t**2 * self.score(x_t, t, u)) / alpha_t
 
@@ -205,13 +204,13 @@ class ScoreDenoiser(FromScore):
         super().__init__(schedule)
         self.target = target
 
-    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         return self.at(t, u).score(x_t)
 
-    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def log_prob(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         return self.at(t, u).log_prob(x_t)
 
-    def at(self, t: Tensor, u: Tensor | None = None) -> GaussianMixture:
+    def at(self, t: Tensor, u: U = None) -> GaussianMixture:
         """The noisy conditional law at one time, in closed form: with a density."""
         return self.target.diffuse(*self.schedule(t), u)
 
@@ -231,7 +230,7 @@ class Preconditioned(Denoiser):
         schedule: The noise schedule.
     """
 
-    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, network: Network, schedule: Schedule) -> None:
         super().__init__(schedule)
         self.network = network
         self.precision: torch.dtype | None = (
@@ -244,14 +243,14 @@ class Preconditioned(Denoiser):
         shape of s.
         """
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         alpha_t, sigma_t = self.schedule(t)
         s = sigma_t / alpha_t
         c_in, c_skip, c_out = (expand_as_batch(c, x_t) for c in self.scales(s))
         y = x_t / expand_as_batch(alpha_t, x_t)
         return c_skip * y + c_out * self.output(c_in * y, s, u)
 
-    def output(self, z: Tensor, s: Tensor, u: Tensor | None) -> Tensor:
+    def output(self, z: Tensor, s: Tensor, u: U) -> Tensor:
         r"""The network's output :math:`F(z, \log s, u)`, in the type of z."""
         with torch.autocast(z.device.type, self.precision, enabled=self.precision is not None):
             f = self.network(z, torch.log(s).expand(len(z)), u)
@@ -274,8 +273,8 @@ class EDM(Preconditioned):
     With :math:`\sigma_d = 1` this is v-prediction up to a sign.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models
-        |   (Karras et al., 2022), table 1
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+        |   table 1
         | https://arxiv.org/abs/2206.00364
 
     Arguments:
@@ -284,7 +283,7 @@ class EDM(Preconditioned):
         sigma_data: The standard deviation :math:`\sigma_d` of the data.
     """
 
-    def __init__(self, network: nn.Module, schedule: Schedule, sigma_data: float = 0.5) -> None:
+    def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 0.5) -> None:
         super().__init__(network, schedule)
         if not sigma_data > 0:
             raise ValueError(
@@ -346,8 +345,8 @@ class Energy(FromScore, EDM):
     References:
         | Should EBMs Model the Energy or the Score? (Salimans & Ho, 2021)
         | https://openreview.net/forum?id=9AS-TF2jRNb
-        | Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models
-        |   and MCMC (Du et al., 2023)
+        | Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models and
+        |   MCMC (Du et al., 2023)
         | https://arxiv.org/abs/2302.11552
 
     Arguments:
@@ -359,7 +358,7 @@ class Energy(FromScore, EDM):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         schedule: Schedule,
         sigma_data: float = 0.5,
         normalised: bool = False,
@@ -369,10 +368,10 @@ class Energy(FromScore, EDM):
         if normalised:
             last = nn.Linear(64, 1)
             zero(last)
-            width = 1 + getattr(network, "u_dim", 0)
+            width = 1 + network.u_dim
             self.normaliser = nn.Sequential(nn.Linear(width, 64), nn.SiLU(), last)
 
-    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def log_prob(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         alpha_t, sigma_t = self.schedule(t)
         s = sigma_t / alpha_t
         c = self.scales(s)[0] / alpha_t
@@ -384,16 +383,15 @@ class Energy(FromScore, EDM):
         if self.normaliser is None:
             return log_p
         level = torch.log(s).expand(len(x_t))[:, None]
-        parts = level if u is None else torch.cat((level, pool(u)), dim=1)
+        tokens = [] if u is None or u.tokens is None else [pool(u.tokens)]
+        parts = torch.cat([level, *tokens], dim=1)
         log_norm = x_t[0].numel() * torch.log(c / math.sqrt(2 * math.pi))
         return log_p + log_norm - self.normaliser(parts)[:, 0]
 
-    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         return self.log_prob_and_score(x_t, t, u)[1]
 
-    def log_prob_and_score(
-        self, x_t: Tensor, t: Tensor, u: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def log_prob_and_score(self, x_t: Tensor, t: Tensor, u: U = None) -> tuple[Tensor, Tensor]:
         """Both, by one pass forward and one back; where gradients are recorded, in training, they
         can be differentiated again.
 

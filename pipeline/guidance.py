@@ -11,27 +11,35 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pipeline.conditioning import align
+from pipeline.building import Part, describe
+from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser
 
-__all__ = ["ClassifierFree", "Guidance", "Guided"]
+__all__ = ["Autoguidance", "ClassifierFree", "Guidance", "Guided"]
 
 
-class Guidance(ABC):
-    """A way to strengthen a condition. It holds numbers only and is given the denoiser when
-    called.
+class Guidance(Part, ABC):
+    """A way to strengthen a condition. It is given the denoiser when called; it may hold another.
+
+    Attributes:
+        scale: The scale w.
+        needs_condition: Whether an unconditional model has nothing of it.
     """
 
+    scale: float
+    needs_condition = True
+
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, u_null: Tensor | None) -> Denoiser:
+    def __call__(self, denoiser: Denoiser, u_null: U) -> Denoiser:
         """The guided denoiser.
 
         Arguments:
-            denoiser: A conditional denoiser that was trained with condition dropout.
-            u_null: The null condition, with shape (1, L, E).
+            denoiser: A conditional denoiser.
+            u_null: The null condition, of one row.
 
         Raises:
-            ValueError: The guidance needs a null condition and there is none.
+            ValueError: The guidance needs a null condition and there is none, or its own denoiser
+                does not fit.
         """
 
 
@@ -40,12 +48,13 @@ class ClassifierFree(Guidance):
 
     .. math:: D_w = D(x_t, t, \varnothing) + w \, \big( D(x_t, t, u) - D(x_t, t, \varnothing) \big)
 
-    w = 1 is the conditional denoiser itself and w = 0 the unconditional one: each costs one
-    network evaluation, every other w costs two, in one batch.
+    The denoiser is to be trained with condition dropout. w = 1 is the conditional denoiser itself
+    and w = 0 the unconditional one: each costs one network evaluation, every other w costs two, in
+    one batch.
 
     References:
-        | Classifier-Free Diffusion Guidance
-        |   (Ho & Salimans, 2022), equation (6), with w there counted from 0
+        | Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), equation (6), with w there
+        |   counted from 0
         | https://arxiv.org/abs/2207.12598
 
     Arguments:
@@ -55,53 +64,109 @@ class ClassifierFree(Guidance):
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = float(scale)
 
-    def __call__(self, denoiser: Denoiser, u_null: Tensor | None) -> Denoiser:
+    def __call__(self, denoiser: Denoiser, u_null: U) -> Denoiser:
         if self.scale == 1:
             return denoiser
         if u_null is None:
             raise ValueError(f"scale = {self.scale} needs a null condition, and there is none.")
-        return Guided(denoiser, u_null, self.scale)
+        return _ClassifierFree(denoiser, u_null, self.scale)
+
+
+class Autoguidance(Guidance):
+    r"""Guidance by a weaker model of the same law, smaller or trained for less time.
+
+    .. math:: D_w = D'(x_t, t, u) + w \, \big( D(x_t, t, u) - D'(x_t, t, u) \big)
+
+    The two make the same mistakes, D' larger ones, and w > 1 goes on from D' through D. w = 1 is
+    the denoiser itself, w = 0 the weaker one. It needs no condition.
+
+    References:
+        | Guiding a Diffusion Model with a Bad Version of Itself (Karras et al., 2024), equation
+        |   (3)
+        | https://arxiv.org/abs/2406.02507
+
+    Arguments:
+        denoiser: The weaker denoiser D', with the schedule of D; in YAML, its checkpoint.
+        scale: The scale w.
+    """
+
+    needs_condition = False
+
+    def __init__(self, denoiser: Denoiser, scale: float = 2.0) -> None:
+        self.denoiser, self.scale = denoiser.eval().requires_grad_(False), float(scale)
+
+    def __call__(self, denoiser: Denoiser, u_null: U) -> Denoiser:
+        weak, strong = (describe(one.schedule) for one in (self.denoiser, denoiser))
+        if weak != strong:
+            raise ValueError(
+                f"The weaker denoiser has the schedule {weak}, and the other {strong}; "
+                "autoguidance needs one for both."
+            )
+        where = next((p.device for p in denoiser.parameters()), None)
+        return _Autoguided(denoiser, self.denoiser.to(where), self.scale)
 
 
 class Guided(Denoiser):
-    """The denoiser that `ClassifierFree` makes."""
+    """A linear combination of two denoisers, weaker + w (stronger − weaker), and so of their
+    scores and log-densities.
+    """
 
-    def __init__(self, denoiser: Denoiser, u_null: Tensor, scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, scale: float) -> None:
         super().__init__(denoiser.schedule)
-        self.denoiser, self.u_null, self.scale = denoiser, u_null, scale
+        self.denoiser, self.scale = denoiser, scale
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        return self._combine(self.denoiser(*self._both(x_t, t, u)))
+    @abstractmethod
+    def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
+        """What a method of the weaker denoiser gives, and that of the stronger."""
 
-    def score(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        return self._combine(self.denoiser.score(*self._both(x_t, t, u)))
+    def _combined(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[Tensor, ...]:
+        weak, strong = self._both(what, x_t, t, u)
+        return tuple(torch.lerp(a, b, self.scale) for a, b in zip(weak, strong, strict=True))
 
-    def log_prob(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        return self._combine(self.denoiser.log_prob(*self._both(x_t, t, u)))
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
+        return self._combined("__call__", x_t, t, u)[0]
 
-    def log_prob_and_score(
-        self, x_t: Tensor, t: Tensor, u: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        log_p, score = self.denoiser.log_prob_and_score(*self._both(x_t, t, u))
-        return self._combine(log_p), self._combine(score)
+    def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
+        return self._combined("score", x_t, t, u)[0]
 
-    def _both(self, x_t: Tensor, t: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What to evaluate: each row with the null condition, then with its own; at scale 0 the
-        first alone.
-        """
+    def log_prob(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
+        return self._combined("log_prob", x_t, t, u)[0]
+
+    def log_prob_and_score(self, x_t: Tensor, t: Tensor, u: U = None) -> tuple[Tensor, Tensor]:
+        log_p, score = self._combined("log_prob_and_score", x_t, t, u)
+        return log_p, score
+
+
+class _ClassifierFree(Guided):
+    def __init__(self, denoiser: Denoiser, u_null: Condition, scale: float) -> None:
+        super().__init__(denoiser, scale)
+        self.u_null = u_null
+
+    def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
         if u is None:
             raise ValueError(
                 "Guidance needs a condition u, and None was given; draw with scale 1 or with "
                 "prompts."
             )
-        null, u = align(self.u_null.to(u).expand(len(u), -1, -1), u)
+        both = u.beside(self.u_null)
         if self.scale == 0:
-            return x_t, t, null
-        double = t.repeat(2) if t.ndim else t
-        return x_t.repeat(2, *[1] * (x_t.ndim - 1)), double, torch.cat((null, u))
+            null = _tuple(getattr(self.denoiser, what)(x_t, t, both[: len(u)]))
+            return null, null
+        x_t, t = x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2) if t.ndim else t
+        values = _tuple(getattr(self.denoiser, what)(x_t, t, both))
+        weak, strong = zip(*(value.chunk(2) for value in values), strict=True)
+        return weak, strong
 
-    def _combine(self, value: Tensor) -> Tensor:
-        if self.scale == 0:
-            return value
-        null, given = value.chunk(2)
-        return torch.lerp(null, given, self.scale)
+
+class _Autoguided(Guided):
+    def __init__(self, denoiser: Denoiser, weak: Denoiser, scale: float) -> None:
+        super().__init__(denoiser, scale)
+        self.weak = weak
+
+    def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
+        weak, strong = (getattr(one, what)(x_t, t, u) for one in (self.weak, self.denoiser))
+        return _tuple(weak), _tuple(strong)
+
+
+def _tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)

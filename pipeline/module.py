@@ -1,17 +1,19 @@
 """Training: a batch, an objective, an optimizer."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.conditioning import align
-from pipeline.data.base import Batch
+from pipeline.checkpoint import about
+from pipeline.data import Batch, DataModule
 from pipeline.denoisers import Preconditioned
+from pipeline.distributed import share
 from pipeline.errors import UserError
+from pipeline.generator import Generator
 from pipeline.guidance import Guidance
 from pipeline.noise import Noise, mix
 from pipeline.objectives import Objective
@@ -46,7 +48,7 @@ class ScoreModule(pl.LightningModule):
         objective: Objective,
         sampler: Sampler,
         guidance: Guidance | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
         condition_dropout: float = 0.1,
         warmup: int = 100,
         seed: int = 0,
@@ -59,15 +61,9 @@ class ScoreModule(pl.LightningModule):
             )
         self.denoiser, self.objective = denoiser, objective
         self.sampler, self.guidance = sampler, guidance
-        self.optimizer, self.condition_dropout, self.warmup, self.seed = (
-            optimizer,
-            condition_dropout,
-            warmup,
-            seed,
-        )
-        self.description: dict[
-            str, Any
-        ] = {}  # how to build the model again, written into checkpoints; set by the CLI
+        self.optimizer, self.condition_dropout = optimizer, condition_dropout
+        self.warmup, self.seed = warmup, seed
+        self.description: dict[str, Any] = {}  # what checkpoints say of the model
 
     @property
     def batches_seen(self) -> int:
@@ -77,21 +73,23 @@ class ScoreModule(pl.LightningModule):
 
     def noise(self, *key: int | str, n: int) -> Noise:
         """The randomness of this device's n rows of a global batch."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rank, world = share(self.trainer)
         return Noise(self.seed, *key, device=self.device, rows=(rank * n, world * n))
 
     def on_fit_start(self) -> None:
-        """Check that the data's condition is what the network takes, and remember which it is."""
-        conditioning = getattr(self.trainer.datamodule, "conditioning", None)  # type: ignore[attr-defined]
-        have = conditioning.dim if conditioning else 0
-        want = getattr(self.denoiser.network, "u_dim", have)
-        if have != want:
-            raise UserError(
-                f"The network takes a condition of width u_dim = {want} and the data's "
-                f"conditioning gives {have}: "
-                f"set model.denoiser.init_args.network.init_args.u_dim to {have}."
-            )
-        self.description["fingerprint"] = conditioning.fingerprint() if conditioning else None
+        """Check that x and u are what the network takes, and find what checkpoints will say."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, DataModule):
+            return  # whoever trains on batches of their own writes checkpoints of their own
+        for name, have in data.sizes().items():
+            want = getattr(self.denoiser.network, name, have)
+            if want != have:
+                raise UserError(
+                    f"The network takes {name} = {want} and the data give {have}: set "
+                    f"model.denoiser.network.{name} to {have}, or to null."
+                )
+        parts = (self.denoiser, data.codec, data.conditioning, self.sampler, self.guidance)
+        self.description = about(*parts, data=data, prompts=data.prompts())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         seen, n = self.batches_seen, len(batch.x)
@@ -99,7 +97,7 @@ class ScoreModule(pl.LightningModule):
         noise = self.noise("train", seen, n=n)
         u = batch.u
         if u is not None and batch.u_null is not None and self.condition_dropout:
-            u = replace(u, batch.u_null, noise.uniform(n) < self.condition_dropout)
+            u = u.replaced(batch.u_null, noise.uniform(n) < self.condition_dropout)
         loss = self.objective(self.denoiser, batch.x, u, noise).mean()
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss, prog_bar=True)
@@ -140,9 +138,8 @@ class ScoreModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         bands = max(len(self.objective.bands), 1)
-        self.total = torch.zeros(
-            2, bands, dtype=torch.float64, device=self.device
-        )  # losses, examples
+        # losses, examples
+        self.total = torch.zeros(2, bands, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         noise = self.noise("validate", batch_idx, n=len(batch.x))
@@ -155,6 +152,12 @@ class ScoreModule(pl.LightningModule):
         self.log("val/loss", losses.sum() / examples.sum(), prog_bar=True, rank_zero_only=False)
         for name, loss, count in zip(self.objective.bands, losses, examples, strict=False):
             self.log(f"val/{name}", loss / count.clamp(min=1))
+
+    def generator(self, data: DataModule, together: bool = False) -> Generator:
+        """What draws with the weights as they are now; see `Generator`."""
+        return Generator(
+            self.denoiser, data.conditioning, data.codec, self.sampler, self.guidance, together
+        )
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.denoiser.parameters())
@@ -171,10 +174,5 @@ class ScoreModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["pipeline"] = self.description
-
-
-def replace(u: Tensor, u_null: Tensor, where: Tensor) -> Tensor:
-    """u (B, L, E) with the null condition (1, L', E) in the rows `where` (B,) is true."""
-    u, u_null = align(u, u_null)
-    return torch.where(where[:, None, None], u_null, u)
+        if self.description:
+            checkpoint["pipeline"] = self.description

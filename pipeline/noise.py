@@ -87,7 +87,7 @@ class Noise:
         )  # float32 may round the last cell up to 1
 
 
-class PictureNoise:
+class PictureNoise(Noise):
     """One stream per picture: row i is a function of its seed, at any batch size and on any number
     of devices.
 
@@ -121,3 +121,7 @@ class PictureNoise:
         """Numbers uniform in [0, 1), independent, with shape (B,); B = number of seeds."""
         self._check(n)
         return torch.stack([torch.rand((), generator=g) for g in self.generators])
+
+    def spread(self, n: int) -> Tensor:
+        """The same as `uniform`: each picture is a batch of its own."""
+        return self.uniform(n)

@@ -1,21 +1,13 @@
-"""Tensors to PNG files."""
+"""Pictures of bytes to PNG files."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-__all__ = ["contact_sheet", "save", "to_uint8"]
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as numbers 0 … 255, rounded to the nearest; values outside are
-    clipped.
-    """
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+__all__ = ["contact_sheet", "save"]
 
 
 def _image(picture: Tensor) -> Image.Image:

@@ -20,6 +20,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pipeline.building import Part
+
 __all__ = ["VE", "VP", "Cosine", "Rectified", "Schedule", "expand_as_batch"]
 
 
@@ -35,7 +37,7 @@ def _interval(low: float, high: float, names: str) -> None:
         )
 
 
-class Schedule(ABC):
+class Schedule(Part, ABC):
     r"""A noise schedule :math:`t \mapsto (\alpha_t, \sigma_t)` on [0, 1], its noise ratio strictly
     increasing.
     """
@@ -79,8 +81,8 @@ class VP(Schedule):
         \beta_r = \beta_{\min} + (\beta_{\max} - \beta_{\min}) \, r
 
     References:
-        | Score-Based Generative Modeling through Stochastic Differential Equations
-        |   (Song et al., 2021), equation (32)
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
+        |   2021), equation (32)
         | https://arxiv.org/abs/2011.13456
 
     Arguments:
@@ -115,8 +117,8 @@ class Cosine(Schedule):
     .. math:: \theta_t = \epsilon + (\pi / 2 - 2 \epsilon) \, t
 
     References:
-        | Improved Denoising Diffusion Probabilistic Models
-        |   (Nichol & Dhariwal, 2021), equation (17)
+        | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), equation
+        |   (17)
         | https://arxiv.org/abs/2102.09672
 
     Arguments:
@@ -141,8 +143,8 @@ class VE(Schedule):
     .. math:: \alpha_t = 1, \quad \sigma_t = \sigma_{\min}^{1 - t} \, \sigma_{\max}^t
 
     References:
-        | Score-Based Generative Modeling through Stochastic Differential Equations
-        |   (Song et al., 2021), equation (30)
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
+        |   2021), equation (30)
         | https://arxiv.org/abs/2011.13456
 
     Arguments:
@@ -169,8 +171,8 @@ class Rectified(Schedule):
     .. math:: \alpha_t = 1 - \sigma_t, \quad \sigma_t = \epsilon + (1 - 2 \epsilon) \, t
 
     References:
-        | Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow
-        |   (Liu et al., 2022)
+        | Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow (Liu
+        |   et al., 2022)
         | https://arxiv.org/abs/2209.03003
 
     Arguments:

@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pipeline.condition import Condition, U
 from pipeline.denoisers import Energy
+from pipeline.networks import Network
 from pipeline.schedules import Schedule
 
 
-class Affine(nn.Module):
+class Affine(Network):
     """f = A_k z + b_k for class k, so that an energy is quadratic: every normal law has one."""
 
     def __init__(self, classes: int, dim: int) -> None:
@@ -18,9 +20,9 @@ class Affine(nn.Module):
         self.a = nn.Parameter(torch.zeros(classes, dim, dim, dtype=torch.float64))
         self.b = nn.Parameter(torch.zeros(classes, dim, dtype=torch.float64))
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
-        assert u is not None
-        a, b = (torch.einsum("bk,k...->b...", u[:, 0], p) for p in (self.a, self.b))
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+        assert u is not None and u.tokens is not None
+        a, b = (torch.einsum("bk,k...->b...", u.tokens[:, 0], p) for p in (self.a, self.b))
         return torch.einsum("bij,bj->bi", a, x) + b
 
 
@@ -49,5 +51,5 @@ def normal_energy(
     return energy
 
 
-def one_hot(k: Tensor, classes: int) -> Tensor:
-    return torch.eye(classes, dtype=torch.float64)[k][:, None]
+def one_hot(k: Tensor, classes: int) -> Condition:
+    return Condition(torch.eye(classes, dtype=torch.float64)[k][:, None])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from encoders import tiny_encoder
 from PIL import Image
 from tiny import ROOT, fit, launch, read
@@ -77,7 +78,7 @@ def test_another_sampler_is_really_used(
         run, tmp_path / "ddpm", PROMPT, "--number", "1", "--sampler", ddpm, "--steps", "5"
     )
     assert [type(one) for one in used] == [DDIM] * 4 and {one.eta for one in used} == {1.0}  # type: ignore
-    assert manifest["sampler"] == {"class": "DDIM", "steps": 5, "rho": 5.0, "eta": 1.0}
+    assert manifest["sampler"] == {"class": "DDIM", "steps": 5, "eta": 1.0, "rho": 5.0}
     assert pixels(tmp_path / "own", 0) != pixels(tmp_path / "ddpm", 0)
 
 
@@ -90,7 +91,7 @@ def test_scale_0_ignores_the_prompt(run: Path, tmp_path: Path) -> None:
 
 def test_the_average_is_what_is_drawn_with(run: Path, tmp_path: Path) -> None:
     checkpoint = read(run)
-    for name, weight in checkpoint["ema"].items():
+    for name, weight in checkpoint["averages"]["0.9"].items():
         checkpoint["state_dict"][name] = torch.zeros_like(weight)
     torch.save(checkpoint, tmp_path / "zeros.ckpt")
     draw(run, tmp_path / "a", PROMPT, "--number", "1")
@@ -112,7 +113,7 @@ def test_prompts_from_a_file_and_from_standard_input(
 
 def test_without_a_prompt_the_run_chooses(run: Path, tmp_path: Path) -> None:
     manifest = draw(run, tmp_path / "out", "--number", "1")
-    assert len(manifest["samples"]) == 2  # what the sample sheet shows
+    assert len(manifest["samples"]) == 16  # distinct captions of the validation data
 
 
 def test_evaluate_prints_accuracy_beside_chance(
@@ -169,7 +170,7 @@ def test_earlier_pictures_are_never_overwritten(
 ) -> None:
     draw(run, tmp_path / "out", PROMPT, "--number", "1")
     again = ["generate", PROMPT, "--checkpoint", str(run), "--out", str(tmp_path / "out")]
-    assert "holds samples already" in sentence(again, capsys)
+    assert "holds results already" in sentence(again, capsys)
 
 
 def test_a_checkpoint_may_not_name_foreign_classes(
@@ -192,7 +193,7 @@ def test_bad_settings_of_training_end_in_one_sentence(
     u_dim = "--model.denoiser.network.u_dim"
     capsys.readouterr()
     assert launch(tmp_path / "run", u_dim, "7") == 2
-    assert "set model.denoiser.init_args.network.init_args.u_dim to 384" in capsys.readouterr().err
+    assert "set model.denoiser.network.u_dim to 384, or to null" in capsys.readouterr().err
     assert launch(tmp_path / "run", "--data.batch_size", "0") == 2
     assert "batch_size is 0" in capsys.readouterr().err
     assert "no-run/config.yaml" in sentence(["fit", "--resume", "no-run"], capsys)
@@ -226,8 +227,7 @@ def test_help_comes_at_once(command: list[str]) -> None:
 def test_any_text_encoder_goes_the_whole_way(kind: str, tmp_path: Path) -> None:
     """fit → checkpoint → generate with an encoder that is not the packaged one."""
     encoder = tiny_encoder(kind, tmp_path / kind)
-    width = ["--model.denoiser.network.u_dim", "16"]
-    run = fit(tmp_path / "run", "--data.conditioning.name", str(encoder), *width, steps=2)
+    run = fit(tmp_path / "run", "--data.conditioning.name", str(encoder), steps=2)
     manifest = draw(run, tmp_path / "out", "a red circle", "--number", "1")
     assert manifest["samples"][0]["prompt"] == "a red circle"
 
@@ -236,11 +236,112 @@ def test_an_encoder_changed_since_training_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = tiny_encoder("bert", tmp_path / "bert")
-    width = ["--model.denoiser.network.u_dim", "16"]
-    run = fit(tmp_path / "run", "--data.conditioning.name", str(encoder), *width, steps=1)
+    run = fit(tmp_path / "run", "--data.conditioning.name", str(encoder), steps=1)
     for file in encoder.iterdir():
         file.unlink()
     tiny_encoder("clip_text", encoder)  # of the same width
     assert "trained with another TextEncoder" in sentence(
         ["generate", PROMPT, "--checkpoint", str(run)], capsys
     )
+
+
+OWN = """
+from torch import Tensor
+
+from pipeline.condition import U
+from pipeline.denoisers import Denoiser
+from pipeline.noise import Noise
+from pipeline.samplers import Sampler, State
+
+
+class OneStep(Sampler):
+    evaluations = 1
+
+    def __init__(self, brightness: float) -> None:
+        super().__init__(steps=1, rho=1.0)
+        self.brightness = brightness
+
+    def step(
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
+    ) -> State:
+        return state
+
+    def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
+        return State(0 * denoiser(state.x, t, u) + self.brightness)
+"""
+
+
+def test_a_sampler_of_ones_own_is_one_file_and_one_yaml(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ones_own.py").write_text(OWN)
+    node = "class_path: ones_own.OneStep\ninit_args: {brightness: 0.0}\n"
+    (tmp_path / "one_step.yaml").write_text(node)
+    args = [PROMPT, "--number", "1", "--sampler", "one_step.yaml"]
+    said = sentence(["generate", "--checkpoint", str(run), "--out", "a", *args], capsys)
+    assert "ones_own.OneStep" in said and "--trust" in said and not (tmp_path / "a").exists()
+    trust = ["--trust", "ones_own"]
+    manifest = draw(run, tmp_path / "b", *trust, "--sampler.brightness", "1", *args)
+    assert manifest["sampler"] == {"class": "OneStep", "brightness": 1.0}
+    assert set(pixels(tmp_path / "b", 0)) == {255}
+    (said,) = [one["prompt"] for one in manifest["samples"]]
+    assert said == PROMPT  # and not the 1
+
+
+def test_a_weaker_model_guides(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = ["--guidance", str(ROOT / "conf/guidance/autoguidance.yaml")]
+    weak = fit(tmp_path / "weak", steps=1)
+    by = [*conf, "--guidance.denoiser", str(weak), "--number", "1", PROMPT]
+    manifest = draw(run, tmp_path / "a", *by, "--scale", "3")
+    told = {"class": "Autoguidance", "denoiser": str(weak), "scale": 3.0}
+    assert manifest["guidance"] == told
+    draw(run, tmp_path / "b", PROMPT, "--number", "1", "--scale", "1")
+    draw(weak, tmp_path / "c", PROMPT, "--number", "1", "--scale", "1")
+    draw(run, tmp_path / "d", *by, "--scale", "1")
+    draw(run, tmp_path / "e", *by, "--scale", "0")
+    assert pixels(tmp_path / "d", 0) == pixels(tmp_path / "b", 0)
+    assert pixels(tmp_path / "e", 0) == pixels(tmp_path / "c", 0)
+    assert pixels(tmp_path / "a", 0) != pixels(tmp_path / "b", 0)
+    missing = ["generate", "--checkpoint", str(run), "--out", str(tmp_path / "f"), PROMPT, *conf]
+    assert "denoiser is null; expected Denoiser" in sentence(missing, capsys)
+
+
+def test_the_whole_configuration_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = ["fit", "-c", str(ROOT / "conf/experiment/shapes.yaml"), "--model.warmup", "7"]
+    assert main([*experiment, "--print_config"]) == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert told["model"]["warmup"] == 7 and told["trainer"]["gradient_clip_val"] == 1.0
+    network = told["model"]["denoiser"]["init_args"]["network"]["init_args"]
+    assert (network["u_dim"], network["channels"]) == (384, 3)  # read from the data
+    assert main([*experiment, "--help-all"]) == 0
+    said = capsys.readouterr().out
+    assert "--model.warmup 7  (int)  The number of steps over which the learning rate" in said
+    assert "--data.per_combination 32  (int)  Training drawings of each" in said
+    assert "--trainer.max_steps 1800" in said
+
+
+def test_unknown_options_are_refused_with_the_near_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = ["fit", "-c", str(ROOT / "conf/experiment/shapes.yaml")]
+    for args, said in (
+        (["generate", PROMPT, "--nmber", "3"], "--nmber; did you mean --number"),
+        (["generate", PROMPT, "--check", "x"], "no option --check"),  # no abbreviations
+        (["evaluate", "--wandbb"], "--wandbb; did you mean --wandb"),
+        (["evaluate", "x"], "'x' belongs to no option"),
+        ([*experiment, "--data.batchsize", "3"], "batchsize is not an argument of Shapes; did"),
+        ([*experiment, "--trainer.max_step", "3"], "did you mean max_steps"),
+        ([*experiment, "--modl.warmup", "3"], "modl is not known; did you mean model?"),
+        ([*experiment, "--model.sampler", "ddim"], "conf/sampler/ddim.yaml"),
+        ([*experiment, "--model.sampler", "conf/kernel/ula.yaml"], "which is no Sampler"),
+        ([*experiment, "--seed_everything", "x"], "seed_everything is 'x'; expected int"),
+        (["blah"], "invalid choice: 'blah'"),
+        (["generate", PROMPT, "--seed", "x"], "--seed: invalid int value: 'x'"),
+    ):
+        assert said in sentence(args, capsys)

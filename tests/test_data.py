@@ -12,12 +12,16 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
+from test_conditioning import same
 from torch import Tensor
 
-from pipeline.conditioning import Classes
-from pipeline.conditioning.base import Conditioning
+from pipeline.building import describe
+from pipeline.codec import Pixels
+from pipeline.condition import Condition
+from pipeline.conditioning import Classes, Conditioning
 from pipeline.data import Batch, DataModule, Hub, Points, Relations, Shapes, pictures
-from pipeline.data.base import Order, Pass, Rows, Source
+from pipeline.data.base import Rows, Source
+from pipeline.data.order import Order, Pass
 from pipeline.errors import UserError
 from pipeline.mcmc.targets import GaussianMixture
 
@@ -32,26 +36,38 @@ class Lengths(Conditioning):
 
     dim = 2  # type: ignore[assignment]
 
-    def embed(self, values: list) -> Tensor:
-        return torch.tensor([[[float(len(str(value))), 1.0]] for value in values])
+    def embed(self, values: list) -> Condition:
+        return Condition(torch.tensor([[[float(len(str(value))), 1.0]] for value in values]))
 
-    def null(self) -> Tensor:
-        return torch.zeros(1, 1, 2)
+    def null(self) -> Condition:
+        return Condition(torch.zeros(1, 1, 2))
 
     def fingerprint(self) -> str:
         return "lengths"
+
+
+class Halves(Lengths):
+    """The token of `Lengths`, and a plane: value + 1 on the left, its negative on the right."""
+
+    planes = 1
+
+    def embed(self, values: list) -> Condition:
+        v = torch.tensor(values).float()[:, None, None, None] + 1
+        return Condition(super().embed(values).tokens, torch.cat([v, -v], 3).repeat(1, 1, 2, 1))
+
+    def null(self) -> Condition:
+        return Condition(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2, 2))
+
+    def fingerprint(self) -> str:
+        return "halves"
 
 
 class Numbers(DataModule):
     """Row i is the uint8 picture filled with i; its value is i."""
 
     def __init__(self, rows: int = 10, conditioning: Conditioning | None = None, **kwargs) -> None:  # noqa: ANN003
-        super().__init__(conditioning, **kwargs)
+        super().__init__(Pixels(1, 2, 2), conditioning, **kwargs)
         self.count = rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (1, 2, 2)
 
     def source(self, split: str) -> Source:
         x = np.arange(self.count, dtype=np.uint8)[:, None, None, None]
@@ -144,19 +160,25 @@ def test_batch_is_exact(tmp_path: Path) -> None:
     assert isinstance(batch, Batch) and batch.x.dtype == torch.float32
     assert torch.equal(batch.x[:, 0, 0, 0], torch.arange(256) / 127.5 - 1)
     assert batch.x.min() == -1 and batch.x.max() == 1
-    assert torch.equal(batch.u, Lengths().embed(list(range(256))))
-    assert batch.u_null.shape == (1, 1, 2) and batch.weight.sum() == 256
+    assert same(batch.u, Lengths().embed(list(range(256))))
+    assert batch.u_null.tokens.shape == (1, 1, 2) and batch.weight.sum() == 256
 
 
-def test_a_large_table_is_gathered_by_the_loader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_table_is_gathered_by_the_loader(workers: int, tmp_path: Path) -> None:
+    where = {"batch_size": 4, "workers": workers, "cache_dir": str(tmp_path)}
+    expected = Halves().embed(Order(9, 4).draw(0).rows.tolist())
     batches = []
     for gib in (1.0, 0.0):
-        data = Numbers(9, Lengths(), batch_size=4, cache_dir=str(tmp_path), table_gib=gib)
+        data = Numbers(9, Halves(), table_gib=gib, **where)
         data.setup()
         raw = next(iter(data.train_dataloader()))
-        assert raw.u.ndim == (1 if gib else 3)
+        assert isinstance(raw.u, Tensor if gib else Condition)
         batches.append(data.on_after_batch_transfer(raw, 0))
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+    for batch in batches:
+        assert same(batch.u, expected) and same(batch.u_null, Halves().null())
+    assert torch.equal(batches[0].x, batches[1].x)
+    assert torch.equal(batches[0].weight, batches[1].weight)
 
 
 def test_flip_mirrors_the_chosen_rows(tmp_path: Path) -> None:
@@ -168,6 +190,36 @@ def test_flip_mirrors_the_chosen_rows(tmp_path: Path) -> None:
     x = data.on_after_batch_transfer(raw, 0).x
     assert raw.flip.any() and not raw.flip.all()
     assert torch.equal(x[:, 0, 0, 0] == 1, raw.flip)
+
+
+@pytest.mark.parametrize("gib", [1.0, 0.0])
+def test_a_flip_turns_x_and_the_planes_of_u_together(gib: float, tmp_path: Path) -> None:
+    data = Numbers(8, Halves(), batch_size=8, cache_dir=str(tmp_path), table_gib=gib)
+    data._rows["train"] = Source(np.tile(np.array([0, 255], np.uint8), (8, 1, 2, 1)), [*range(8)])
+    data.flip = True
+    data.setup()
+    raw = next(iter(data.train_dataloader()))
+    batch = data.on_after_batch_transfer(raw, 0)
+    rows = Order(8, 8).draw(0).rows.tolist()
+    assert raw.flip.any() and not raw.flip.all()
+    assert torch.equal(batch.u.planes.sign(), -batch.x)  # x is dark on the left, u positive
+    assert (batch.u.planes[:, 0, 0, 0].abs() - 1).tolist() == rows
+    assert torch.equal(batch.u.tokens, Halves().embed(rows).tokens)
+
+
+def test_a_data_module_needs_a_source() -> None:
+    with pytest.raises(TypeError, match="abstract.* source"):
+        DataModule(Pixels(1, 2, 2), None)  # type: ignore[abstract]
+
+
+def test_sizes_are_what_a_network_is_to_have(tmp_path: Path) -> None:
+    path = folder(tmp_path / "photos", 2)
+    assert hub(path, tmp_path, channels=1).sizes() == {"u_dim": 2, "planes": 0, "channels": 1}
+    assert Numbers(8, Halves()).sizes() == {"u_dim": 2, "planes": 1, "channels": 1}
+    mixture = GaussianMixture([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.5]], [0.05] * 3)
+    points = Points(mixture, Classes(), 500, 50)
+    assert points.sizes() == {"u_dim": 3, "planes": 0, "x_dim": 2}
+    assert Points(mixture, None).sizes() == {"u_dim": 0, "planes": 0, "x_dim": 2}
 
 
 def test_unconditional_batches_have_no_condition(tmp_path: Path) -> None:
@@ -429,7 +481,24 @@ def test_class_column_gives_names(tmp_path: Path) -> None:
     assert data.rows("val").values == ["cat", "dog", "dog", "cat"]
     data.setup()
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    assert batch.u[:, 0].argmax(-1).tolist() == [0, 1, 1, 0]
+    assert batch.u.tokens[:, 0].argmax(-1).tolist() == [0, 1, 1, 0]
+
+
+def test_classes_take_their_names_from_the_data(tmp_path: Path) -> None:
+    labels = ClassLabel(names=["dog", "cat", "cow"]), [0, 1, 1, 0]  # in the order of the column
+    captions = Value("string"), ["a dog", "a cat", "a cat", "a dog"]  # sorted
+    path = parquet(tmp_path / "a.parquet", images(4), label=labels, caption=captions)
+    for column, names in (("label", ["dog", "cat", "cow"]), ("caption", ["a cat", "a dog"])):
+        classes = Classes()
+        assert classes.open
+        data = hub(path, tmp_path, conditioning=classes, caption=column, val_split="train")
+        assert data.sizes()["u_dim"] == len(names)
+        assert classes.names == names and not classes.open
+        assert describe(classes)["init_args"] == {"names": names}  # as a checkpoint keeps it
+        data.setup()
+        batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+        found = [names[k] for k in batch.u.tokens[:4, 0].argmax(-1)]
+        assert found == data.rows("val").values
 
 
 def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
@@ -447,7 +516,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
         hub(good, tmp_path, val_split="test").setup()
     with pytest.raises(UserError, match="size is 7.*at least 8"):
         hub(good, tmp_path, size=7)
-    with pytest.raises(UserError, match="channels is 2"):
+    with pytest.raises(ValueError, match="channels is 2; it must be 3"):
         hub(good, tmp_path, channels=2)
     one = parquet(tmp_path / "one.parquet", images(1), caption=(text, ["a"]))
     with pytest.raises(UserError, match="no rows for 'train'"):
@@ -536,7 +605,7 @@ def test_points_know_their_component(tmp_path: Path) -> None:
     data.setup()
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert batch.x.shape == (100, 2) and data.shape == (2,) and batch.x.dtype == torch.float32
-    assert torch.equal(batch.u[:, 0, 0] == 1, batch.x[:, 0] > 0)
+    assert torch.equal(batch.u.tokens[:, 0, 0] == 1, batch.x[:, 0] > 0)
     again = Points(mixture, None, 500, 50)
     assert (again.rows("train").x == data.rows("train").x).all()
     assert not np.isin(again.rows("val").x, again.rows("train").x).any()

@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from energies import one_hot
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from pipeline.condition import Condition, U
 from pipeline.denoisers import EDM, Denoiser, Flow, Preconditioned, ScoreDenoiser
 from pipeline.mcmc.targets import GaussianMixture, Target
-from pipeline.networks import MLP
+from pipeline.networks import MLP, Network
 from pipeline.noise import Noise
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
@@ -70,7 +72,7 @@ def test_score_denoiser_is_the_posterior_mean(
     # x_t + σ² φ cancels to α D: eps |x_t| / α, and |x_t| / α reaches some thousands at t = 1
     assert (denoiser(x_t, time) - exact).abs().max() < 1e-10
     for k in range(3):
-        u = torch.eye(3)[k].expand(len(x_t), 1, 3)
+        u = Condition(torch.eye(3)[k].expand(len(x_t), 1, 3))
         exact = posterior_mean(mixture, x_t, alpha, sigma, k)
         assert (denoiser(x_t, time, u) - exact).abs().max() < 1e-10
 
@@ -109,7 +111,7 @@ def test_score_inverts_score_denoiser(
     denoiser, time = ScoreDenoiser(mixture, schedule), f64(t)
     _, k, x_t, _ = noisy(mixture, schedule, time)
     alpha, sigma = schedule(time)
-    for u in (None, torch.eye(3)[k][:, None]):
+    for u in (None, Condition(torch.eye(3)[k][:, None])):
         exact = mixture.diffuse(alpha, sigma, u).score(x_t)
         # α D − x_t cancels at low noise: some eps |x_t|, divided by σ²
         tolerance = 1e-10 + 16 * EPS * x_t.abs().max() / sigma**2
@@ -123,7 +125,7 @@ def test_a_time_per_example(schedule: Schedule, mixture: GaussianMixture) -> Non
     t = torch.linspace(0, 1, 8, dtype=torch.float64)
     _, _, x_t, _ = noisy(mixture, schedule, t, 8)
     for denoiser in (ScoreDenoiser(mixture, schedule), edm(schedule), flow(schedule)):
-        u = torch.eye(3, dtype=torch.float64)[torch.arange(8) % 3][:, None]
+        u = one_hot(torch.arange(8) % 3, 3)
         together, score = denoiser(x_t, t, u), denoiser.score(x_t, t, u)
         for i in range(8):
             row = slice(i, i + 1)
@@ -133,12 +135,12 @@ def test_a_time_per_example(schedule: Schedule, mixture: GaussianMixture) -> Non
             assert torch.allclose(score[row], alone, rtol=1e-6, atol=1e-6)
 
 
-class Recorder(nn.Module):
+class Recorder(Network):
     """A network that remembers what it was given and answers a smooth function of it."""
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         self.x, self.level = x, level
-        shift = 0 if u is None else u.sum(dim=(1, 2)).reshape(-1, *[1] * (x.ndim - 1))
+        shift = 0 if u is None else u.tokens.sum(dim=(1, 2)).reshape(-1, *[1] * (x.ndim - 1))
         self.output = torch.sin(2 * x + level.reshape(-1, *[1] * (x.ndim - 1))) + shift
         return self.output
 
@@ -226,8 +228,8 @@ def test_flow_follows_the_straight_path(schedule: Schedule, t: float) -> None:
 
 
 def test_flow_of_the_true_velocity_is_the_data(mixture: GaussianMixture) -> None:
-    class Velocity(nn.Module):
-        def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    class Velocity(Network):
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
             return n - x_0
 
     t = torch.linspace(0, 1, 64, dtype=torch.float64)
@@ -248,7 +250,7 @@ def test_rescheduling_leaves_d_unchanged(
     assert 0 < s.min() and s.max() < 1
     _, k, x_t, _ = noisy(mixture, reference, t, 16)
     x_s = (schedule(s)[0] / reference(t)[0])[:, None] * x_t
-    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    u = one_hot(k, 3)
     # the time of a ratio is known to eps: 1e-10 leaves room for a slope of 1e5
     assert (make(reference)(x_t, t, u) - make(schedule)(x_s, s, u)).abs().max() < 1e-10
     exact = ScoreDenoiser(mixture, reference)(x_t, t, u)
@@ -265,8 +267,8 @@ def test_weight_puts_the_error_in_units_of_the_network(schedule: Schedule) -> No
         d = denoiser(x_t, t)
         f = denoiser.network.output
 
-        class Nudged(nn.Module):
-            def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+        class Nudged(Network):
+            def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
                 return f + 1  # noqa: B023 (used in this turn of the loop only)
 
         denoiser.network = Nudged()
@@ -317,17 +319,17 @@ def test_float32_and_float64_agree() -> None:
 
 
 def test_u_and_level_reach_the_network() -> None:
-    class Probe(nn.Module):
-        def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    class Probe(Network):
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
             assert u is not None and level.shape == (len(x),)
-            return x * 0 + u[:, 0, :1]
+            return x * 0 + u.tokens[:, 0, :1]
 
-    u = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    u = Condition(torch.tensor([1.0, 2.0, 3.0])[:, None, None])
     denoiser = Flow(Probe(), VE())
-    x = torch.zeros(3, 2)
-    difference = denoiser(x, torch.tensor(0.5), u) - denoiser(x, torch.tensor(0.5), 0 * u)
+    x, null = torch.zeros(3, 2), u.map(torch.zeros_like)
+    difference = denoiser(x, torch.tensor(0.5), u) - denoiser(x, torch.tensor(0.5), null)
     c_out = denoiser.scales(VE().ratio(torch.tensor(0.5)))[2]
-    assert torch.allclose(difference, c_out * u[:, 0])
+    assert torch.allclose(difference, c_out * u.tokens[:, 0])
 
 
 @pytest.mark.parametrize("sigma_data", [0.0, -1.0, float("nan")])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.codec import Pixels
 from pipeline.data.shapes import Attributes, Relations, Shapes
 from pipeline.evaluation.shapes import accuracy, chance, read
 
@@ -35,7 +36,8 @@ def readable(pictures: np.ndarray) -> float:
 def test_true_pictures_are_read(drawn: tuple[np.ndarray, list[Attributes]]) -> None:
     x, plan = drawn
     assert accuracy(x, plan)["all"] >= 0.99
-    assert read(torch.from_numpy(x[:50]).float() / 127.5 - 1) == plan[:50]
+    pixels = Pixels(3, 32, 32)
+    assert read(pixels.decode(pixels.encode(torch.from_numpy(x[:50])))) == plan[:50]
 
 
 def test_small_flaws_are_forgiven(drawn: tuple[np.ndarray, list[Attributes]]) -> None:
@@ -67,7 +69,7 @@ def test_what_is_no_picture_is_not_read(drawn: tuple[np.ndarray, list[Attributes
     assert readable(blur(x, 2.0)) < 0.02 and readable(blur(x, 3.0)) == 0
     relations = Relations(None)
     assert readable(relations.render(relations.combinations("val")[:200], generator)) == 0
-    assert readable(np.full((3, 3, 32, 32), np.nan)) == 0
+    assert readable(Pixels(3, 32, 32).decode(torch.full((3, 3, 32, 32), np.nan)).numpy()) == 0
 
 
 def test_wrong_prompts_are_wrong(drawn: tuple[np.ndarray, list[Attributes]]) -> None:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from pipeline.cli import main
+from pipeline.condition import Condition, U
 from pipeline.denoisers import EDM, Denoiser, Energy, Flow, ScoreDenoiser
+from pipeline.errors import UserError
 from pipeline.generator import Generator
 from pipeline.guidance import ClassifierFree
 from pipeline.mcmc import HMC, MALA, NUTS, GaussianMixture, Kernel, Metropolis
 from pipeline.mcmc.targets import NoDensity
-from pipeline.networks import MLP, UNet
+from pipeline.networks import MLP, Network, UNet
 from pipeline.noise import Noise, PictureNoise
 from pipeline.objectives import DSM, LogNormal, Objective, ScoreMatching, UniformTime
 from pipeline.samplers import Heun
@@ -35,6 +37,7 @@ def named(value: object) -> str:
     return type(value).__name__
 
 
+NULL = Condition(torch.zeros(1, 1, 3, dtype=torch.float64))
 MEANS = torch.tensor([[0.4, -0.2], [-0.6, 0.1], [0.0, 0.5]], dtype=torch.float64)
 COVARIANCES = torch.tensor(
     [[[0.3, 0.1], [0.1, 0.2]], [[0.1, 0.0], [0.0, 0.4]], [[0.2, -0.1], [-0.1, 0.2]]],
@@ -49,7 +52,7 @@ def random_energy(schedule: Schedule, u_dim: int = 3, **settings: bool) -> Energ
     return Energy(network, schedule, **settings).double()
 
 
-def points(n: int = 12) -> tuple[Tensor, Tensor]:
+def points(n: int = 12) -> tuple[Tensor, Condition]:
     x = Noise("points").normal(torch.zeros(n, 2, dtype=torch.float64))
     return x, one_hot(torch.arange(n) % 3, 3)
 
@@ -63,7 +66,7 @@ def test_normal_laws_of_each_class(schedule: Schedule, t: float) -> None:
     alpha, sigma = schedule(time)
     covariances = alpha**2 * COVARIANCES + sigma**2 * torch.eye(2)
     energy = normal_energy(schedule, time, alpha * MEANS, covariances)
-    k = u[:, 0].argmax(dim=-1)
+    k = u.tokens[:, 0].argmax(dim=-1)
     law = MultivariateNormal(alpha * MEANS[k], covariances[k])
     x = alpha * MEANS[k] + sigma * x  # where the law is, or out of it at low noise
     phi = -torch.linalg.solve(covariances[k], x - alpha * MEANS[k])
@@ -96,8 +99,8 @@ def test_score_is_the_slope_of_log_prob(schedule: Schedule) -> None:
 def test_it_is_edm_with_a_gradient_for_its_network(schedule: Schedule, t: float) -> None:
     energy, (x, u), time = random_energy(schedule), points(), torch.tensor(t).double()
 
-    class Gradient(nn.Module):
-        def forward(self, z: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    class Gradient(Network):
+        def forward(self, z: Tensor, level: Tensor, u: U = None) -> Tensor:
             z = z.requires_grad_()
             h = (z * energy.network(z, level, u)).sum()
             return torch.autograd.grad(h, z)[0]
@@ -141,8 +144,7 @@ def test_the_normaliser_depends_on_condition_and_level_only() -> None:
         assert torch.equal(plain.score(x, time, u), energy.score(x, time, u))
     assert (z[0.2][:, 0].diff().abs() > 1e-3).all() and (z[0.2] - z[0.6]).abs().min() > 1e-3
     # padding does not change it
-    padded = torch.cat((u, torch.zeros_like(u)), dim=1)
-    assert torch.equal(energy.log_prob(x, TIME, padded), energy.log_prob(x, TIME, u))
+    assert torch.equal(energy.log_prob(x, TIME, u.padded(2)), energy.log_prob(x, TIME, u))
 
 
 def test_it_leaves_inference_mode_by_itself() -> None:
@@ -167,7 +169,7 @@ def test_one_pass_forward() -> None:
     energy.network.register_forward_hook(lambda *_: calls.append(1))
     energy.at(TIME, u).log_prob_and_score(x)
     assert len(calls) == 1
-    guided = ClassifierFree(3.0)(energy, torch.zeros(1, 1, 3).double())
+    guided = ClassifierFree(3.0)(energy, NULL)
     guided.at(TIME, u).log_prob_and_score(x)
     assert len(calls) == 2
 
@@ -180,10 +182,10 @@ def test_every_weight_is_trained() -> None:
     for p in network.parameters():  # those that begin at zero would hide others
         nn.init.normal_(p, std=0.1)
     noise = Noise("unet")
-    x, u = noise.normal(torch.zeros(3, 1, 4, 4)), noise.normal(torch.zeros(3, 3, 4))
-    u[1, 1:], u[2] = 0, 0  # padded, and null
+    x, tokens = noise.normal(torch.zeros(3, 1, 4, 4)), noise.normal(torch.zeros(3, 3, 4))
+    tokens[1, 1:], tokens[2] = 0, 0  # padded, and null
     energy = Energy(network, Rectified())
-    loss = DSM(UniformTime())(energy, x, u, noise).mean()
+    loss = DSM(UniformTime())(energy, x, Condition(tokens), noise).mean()
     loss.backward()
     for name, p in network.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
@@ -193,10 +195,10 @@ def test_every_weight_is_trained() -> None:
 def test_a_score_head_says_that_it_has_no_density(make: type[EDM] | type[Flow]) -> None:
     x, u = points()
     denoiser = make(MLP(2, 3, width=8, depth=1).double(), VP())
-    for target in (denoiser.at(TIME, u), ClassifierFree(2.0)(denoiser, 0 * u[:1]).at(TIME, u)):
+    for target in (denoiser.at(TIME, u), ClassifierFree(2.0)(denoiser, NULL).at(TIME, u)):
         with pytest.raises(NoDensity, match="score and no density; use pipeline.denoisers.Energy"):
             target.log_prob(x)
-        with pytest.raises(ValueError, match="MALA accepts or rejects .* energy head"):
+        with pytest.raises(UserError, match="MALA accepts or rejects .* energy head"):
             MALA(0.1).init(target, x)
 
 
@@ -239,11 +241,10 @@ def test_kernels_run_on_it(kernel: Kernel, scale: float) -> None:
 def test_guided_log_prob(w: float) -> None:
     """(1 − w) log p_∅ + w log p_u, and its slope, of a network and of a known mixture."""
     x, u = points()
-    null = torch.zeros(1, 1, 3, dtype=torch.float64)
     mixture = GaussianMixture(MEANS, [0.3, 0.4, 0.5])
     for denoiser in (random_energy(VP()), ScoreDenoiser(mixture, VP())):
-        guided = ClassifierFree(w)(denoiser, null).at(TIME, u)
-        plain, free = denoiser.at(TIME, u), denoiser.at(TIME, null.expand(len(x), 1, 3))
+        guided = ClassifierFree(w)(denoiser, NULL).at(TIME, u)
+        plain, free = denoiser.at(TIME, u), denoiser.at(TIME, NULL.expand(len(x)))
         expected = (1 - w) * free.log_prob(x) + w * plain.log_prob(x)
         assert torch.allclose(guided.log_prob(x), expected, rtol=1e-12, atol=1e-12)
         expected = (1 - w) * free.score(x) + w * plain.score(x)
@@ -260,7 +261,7 @@ def test_a_diffusion_sampler_draws_from_it() -> None:
     x = Heun(12)(energy, like, u, PictureNoise(range(12)))
 
     class Same(Denoiser):
-        def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
             with torch.inference_mode(False), torch.enable_grad():
                 x_t = x_t.clone().requires_grad_()
                 log_p = energy.log_prob(x_t, t.clone(), None if u is None else u.clone())
@@ -279,7 +280,7 @@ def train(
     for i in range(steps):
         noise = Noise("train", i)
         x, k = mixture.sample(noise, 512)
-        loss = objective(denoiser, x.float(), torch.eye(3)[k][:, None], noise).mean()
+        loss = objective(denoiser, x.float(), Condition(torch.eye(3)[k][:, None]), noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -299,7 +300,7 @@ def test_it_learns_the_laws_of_all_levels(mixture: GaussianMixture) -> None:
             x = mixture.means[k] + mixture.stds[k] * noise.normal(torch.zeros(500, 2))
             alpha, sigma = schedule(t)
             x_t = (alpha * x + sigma * noise.normal(x)).float()
-            u = torch.eye(3)[k].expand(500, 1, 3)
+            u = Condition(torch.eye(3)[k].expand(500, 1, 3))
             with torch.no_grad():
                 phi, learned = exact.score(x_t, t, u), energy.score(x_t, t, u)
                 gap = energy.log_prob(x_t, t, u) - exact.log_prob(x_t, t, u)
@@ -313,6 +314,7 @@ SHARDED = """
 import os, sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from pipeline.condition import Condition
 from pipeline.denoisers import EDM, Energy
 from pipeline.errors import UserError
 from pipeline.networks import MLP
@@ -325,7 +327,8 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sy
 torch.manual_seed(0)
 network = MLP(2, 3, width=16, depth=1)
 torch.nn.init.normal_(network.output.weight, std=0.1)
-x, u, t = torch.randn(8, 2), torch.eye(3)[torch.arange(8) % 3][:, None], torch.tensor(0.3)
+x, t = torch.randn(8, 2), torch.tensor(0.3)
+u = Condition(torch.eye(3)[torch.arange(8) % 3][:, None])
 with torch.no_grad():
     whole = Energy(network, VP()).score(x, t, u)
 fully_shard(network, mesh=init_device_mesh("cpu", (2,)))

@@ -102,8 +102,7 @@ def test_what_is_spent_stays_within_its_share(
 class Stub:
     """What the callback asks of trainer, strategy, data and module."""
 
-    sanity_checking, denoiser, conditioning, sampler, guidance = False, None, None, None, None
-    shape = (3, 32, 32)
+    sanity_checking = False
 
     def __init__(self) -> None:
         self.strategy = self.datamodule = self
@@ -111,6 +110,9 @@ class Stub:
 
     def broadcast(self, due: bool) -> bool:
         return due
+
+    def generator(self, data: object, together: bool) -> None:
+        pass
 
     def log(self, name: str, value: float, **_: object) -> None:
         self.said[name] = value

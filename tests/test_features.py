@@ -25,8 +25,8 @@ from pipeline.evaluation.distances import (
 from pipeline.evaluation.features import EfficientNetLite0, Inception, Own, Vision
 from pipeline.evaluation.features import efficientnet as efficientnet_module
 from pipeline.evaluation.features import inception as inception_module
-from pipeline.evaluation.features.base import sha256
 from pipeline.evaluation.statistics import Statistics
+from pipeline.files import sha256
 from pipeline.noise import Noise
 
 CIFAR = ROOT / "../shared/data/cifar10/test-00000-of-00001.parquet"
@@ -68,7 +68,6 @@ def test_what_every_feature_network_keeps_to() -> None:
     found = own(x)
     assert found.shape == (4, own.dim) and found.dtype == torch.float32
     assert not found.requires_grad and found[0, 0] == 2 * x[0, 0, 0, 0]
-    assert own.frechet == "Fréchet distance of Corners"
     grey = any_pictures(4, 8, channels=1)
     assert torch.equal(own(grey), own(grey.expand(-1, 3, -1, -1)))
     batches = list(own.read(x.numpy(), batch_size=3))
@@ -76,7 +75,8 @@ def test_what_every_feature_network_keeps_to() -> None:
     for bad in (x.float(), x[0], x[:, :2]):
         with pytest.raises(ValueError, match="expected torch.uint8 of shape"):
             own(bad)
-    with pytest.raises(UserError, match="has no classes"):
+    assert not own.classified
+    with pytest.raises(NotImplementedError, match="has no classes"):
         own.logits(found)
 
 
@@ -114,7 +114,8 @@ def test_efficientnet_taps(lite: EfficientNetLite0) -> None:
     assert lite(x).shape == (2, 1280)
     hook.remove()
     torch.testing.assert_close(EfficientNetLite0(112)(x), seen[0].mean((2, 3)))
-    assert lite.logits(lite(x)).shape == (2, 1000)
+    assert lite.classified and lite.logits(lite(x)).shape == (2, 1000)
+    assert not EfficientNetLite0(112).classified
     with pytest.raises(ValueError, match="dim is 320"):
         EfficientNetLite0(320)
 
@@ -145,17 +146,20 @@ def test_the_stem_pads_after(lite: EfficientNetLite0) -> None:
 
 
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"_fc.bias": torch.zeros(3)}, tmp_path / "w.pth")
-    monkeypatch.setattr(efficientnet_module, "packaged", lambda: tmp_path / "w.pth")
-    with pytest.raises(UserError, match="not hold the weights of EfficientNet-Lite0: its sha256"):
+    file = tmp_path / "altered/models" / f"efficientnet-lite0-{efficientnet_module.SHA256[:8]}.pth"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "altered" / "__init__.py").touch()
+    torch.save({"_fc.bias": torch.zeros(3)}, file)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(efficientnet_module, "PACKAGE", "altered")
+    with pytest.raises(UserError, match="not hold the weights of efficientnet-lite0-pytorch-mod"):
         EfficientNetLite0()(any_pictures(1))
     with pytest.raises(UserError, match="not hold the weights of the Inception-v3 of FID"):
-        Inception(str(tmp_path / "w.pth"))(any_pictures(1))
+        Inception(str(file))(any_pictures(1))
     with pytest.raises(UserError, match="is no file"):
         Inception("nowhere.pth")(any_pictures(1))
-    monkeypatch.undo()
     monkeypatch.setattr(efficientnet_module, "PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match="which is not installed"):
+    with pytest.raises(UserError, match="is needed and not installed; .*other features"):
         EfficientNetLite0()(any_pictures(1))
 
 
@@ -316,11 +320,12 @@ def test_inception_is_the_published_one(tmp_path: Path, monkeypatch: pytest.Monk
     numbers = sum(value.numel() for value in state.values())
     assert 0.99 * 95_628_359 < 4 * numbers < 95_628_359  # the published file's bytes
     torch.save(state, tmp_path / inception_module.FILE)
-    monkeypatch.setattr(inception_module, "SHA256", sha256((tmp_path / inception_module.FILE,)))
+    monkeypatch.setattr(inception_module, "SHA256", sha256(tmp_path / inception_module.FILE))
     inception = Inception(str(tmp_path / inception_module.FILE))
     x = any_pictures(2, 40)
     found = inception(x)
-    assert found.shape == (2, inception.dim) and inception.frechet == "FID"
+    assert found.shape == (2, inception.dim)
+    assert inception.classified
     scaled = interpolate(x / 127.5 - 1, (299, 299), mode="bilinear", align_corners=False)
     # sums in another order through 48 layers of float32
     torch.testing.assert_close(found, by_hand(state, scaled), rtol=1e-3, atol=1e-4)

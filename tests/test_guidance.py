@@ -2,16 +2,22 @@
 
 import pytest
 import torch
+from energies import one_hot
 from torch import Tensor, nn
 
-from pipeline.denoisers import EDM, Denoiser, ScoreDenoiser
-from pipeline.guidance import ClassifierFree
-from pipeline.mcmc.targets import GaussianMixture
-from pipeline.networks import MLP
-from pipeline.noise import Noise
+from pipeline.codec import Columns
+from pipeline.condition import Condition, U
+from pipeline.denoisers import EDM, Denoiser, Energy, ScoreDenoiser
+from pipeline.generator import Generator
+from pipeline.guidance import Autoguidance, ClassifierFree
+from pipeline.mcmc.targets import GaussianMixture, NoDensity
+from pipeline.networks import MLP, Network
+from pipeline.noise import Noise, PictureNoise
+from pipeline.samplers import Heun
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
 SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
+NULL = Condition(torch.zeros(1, 1, 3, dtype=torch.float64))
 CLOSE = 1e-9  # float64; D at the noise end cancels numbers of a thousand
 
 
@@ -24,9 +30,9 @@ class Gaussians:
 
     m, s, S = torch.tensor([1.0, -2.0], dtype=torch.float64), 0.5, 1.5
 
-    def diffuse(self, alpha: Tensor, sigma: Tensor, u: Tensor | None) -> GaussianMixture:
-        assert u is not None
-        given = (u != 0).any(dim=-1)  # (B, 1)
+    def diffuse(self, alpha: Tensor, sigma: Tensor, u: U) -> GaussianMixture:
+        assert u is not None and u.tokens is not None
+        given = (u.tokens != 0).any(dim=-1)  # (B, 1)
         means = torch.where(given[..., None], self.m, 0.0)  # (B, 1, 2)
         stds = torch.where(given, self.s, self.S).double()
         clean = GaussianMixture(means, stds)
@@ -40,16 +46,15 @@ class Counter(Denoiser):
         super().__init__(inner.schedule)
         self.inner, self.rows = inner, []
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         self.rows.append(len(x_t))
         return self.inner(x_t, t, u)
 
 
-def inputs(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(schedule: Schedule, t: Tensor) -> tuple[Tensor, Condition, Condition]:
     x_t = Noise("guidance").normal(torch.zeros(6, 2, dtype=torch.float64))
     sigma_t = schedule(t)[1]
-    u = torch.eye(3, dtype=torch.float64)[torch.arange(6) % 3][:, None]
-    return x_t * (1 + sigma_t.reshape(-1, 1)), u, torch.zeros(1, 1, 3, dtype=torch.float64)
+    return x_t * (1 + sigma_t.reshape(-1, 1)), one_hot(torch.arange(6) % 3, 3), NULL
 
 
 TIMES = [torch.tensor(0.4).double(), torch.linspace(0.05, 0.95, 6, dtype=torch.float64)]
@@ -57,8 +62,8 @@ TIMES = [torch.tensor(0.4).double(), torch.linspace(0.05, 0.95, 6, dtype=torch.f
 
 def test_scale_1_is_the_denoiser_itself(mixture: GaussianMixture) -> None:
     denoiser = ScoreDenoiser(mixture, VP())
-    assert ClassifierFree()(denoiser, torch.zeros(1, 1, 3)) is denoiser
-    assert ClassifierFree(1)(denoiser, torch.zeros(1, 1, 3)) is denoiser
+    assert ClassifierFree()(denoiser, NULL) is denoiser
+    assert ClassifierFree(1)(denoiser, NULL) is denoiser
     assert ClassifierFree(1.0)(denoiser, None) is denoiser
     with pytest.raises(ValueError, match="scale = 3.0 needs a null condition"):
         ClassifierFree(3.0)(denoiser, None)
@@ -73,7 +78,7 @@ def test_scale_0_is_the_unconditional_denoiser(
     x_t, u, null = inputs(schedule, t)
     guided = ClassifierFree(0.0)(counter, null)(x_t, t, u)
     assert counter.rows == [6]  # one evaluation
-    assert torch.equal(guided, counter.inner(x_t, t, null.expand(6, 1, 3)))
+    assert torch.equal(guided, counter.inner(x_t, t, null.expand(6)))
     assert torch.equal(guided, counter.inner(x_t, t))  # of this law: the whole mixture
     assert not torch.allclose(guided, counter.inner(x_t, t, u), rtol=1e-3)
 
@@ -112,7 +117,7 @@ def test_guided_score_is_that_of_a_power_of_the_likelihood(mixture: GaussianMixt
     """φ_w = ∇ [log p(x) + w log p(u | x)], p(u = k | x) by Bayes' rule; by autograd."""
     schedule, t, w, k = Cosine(), torch.tensor(0.3).double(), 2.5, 1
     x_t, _, null = inputs(schedule, t)
-    u = torch.eye(3, dtype=torch.float64)[k].expand(6, 1, 3)
+    u = one_hot(torch.full((6,), k), 3)
     alpha, sigma = schedule(t)
     x_t.requires_grad_()
     log_p = mixture.diffuse(alpha, sigma).log_prob(x_t)
@@ -123,18 +128,22 @@ def test_guided_score_is_that_of_a_power_of_the_likelihood(mixture: GaussianMixt
     assert torch.allclose(guided.score(x_t, t, u), expected, rtol=CLOSE, atol=CLOSE)
 
 
+def random_network(seed: int, u_dim: int) -> Network:
+    torch.manual_seed(seed)
+    network = MLP(2, u_dim=u_dim, width=16, depth=1).double()
+    nn.init.normal_(network.output.weight)
+    return network
+
+
 @pytest.mark.parametrize(("length", "null_length"), [(1, 4), (4, 1), (3, 3)])
 def test_tokens_of_another_length(length: int, null_length: int) -> None:
-    torch.manual_seed(0)
-    network = MLP(2, u_dim=5, width=16, depth=1).double()
-    nn.init.normal_(network.output.weight)
-    denoiser = EDM(network, VP())
+    denoiser = EDM(random_network(0, 5), VP())
     noise = Noise("tokens")
     x_t = noise.normal(torch.zeros(6, 2, dtype=torch.float64))
-    u = noise.normal(torch.zeros(6, length, 5, dtype=torch.float64))
-    null = noise.normal(torch.zeros(1, null_length, 5, dtype=torch.float64))
+    u = Condition(noise.normal(torch.zeros(6, length, 5, dtype=torch.float64)))
+    null = Condition(noise.normal(torch.zeros(1, null_length, 5, dtype=torch.float64)))
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
-    d_null, d = denoiser(x_t, t, null.expand(6, -1, -1)), denoiser(x_t, t, u)
+    d_null, d = denoiser(x_t, t, null.expand(6)), denoiser(x_t, t, u)
     for w in (0.0, 4.0):
         guided = ClassifierFree(w)(denoiser, null)(x_t, t, u)
         assert torch.allclose(guided, d_null + w * (d - d_null), rtol=CLOSE, atol=CLOSE)
@@ -142,21 +151,145 @@ def test_tokens_of_another_length(length: int, null_length: int) -> None:
 
 @pytest.mark.parametrize("w", [0.0, 2.0])
 def test_guidance_needs_a_condition(w: float, mixture: GaussianMixture) -> None:
-    guided = ClassifierFree(w)(ScoreDenoiser(mixture, VP()), torch.zeros(1, 1, 3))
+    guided = ClassifierFree(w)(ScoreDenoiser(mixture, VP()), NULL)
     with pytest.raises(ValueError, match="needs a condition"):
         guided(torch.zeros(2, 2), torch.tensor(0.5), None)
 
 
 def test_pictures_are_guided_too() -> None:
-    class Plain(nn.Module):
-        def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
-            assert u is not None
-            return x + u.sum(dim=(1, 2))[:, None, None, None]
+    class Plain(Network):
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+            assert u is not None and u.tokens is not None
+            return x + u.tokens.sum(dim=(1, 2))[:, None, None, None]
 
     x_t = Noise(0).normal(torch.zeros(3, 1, 4, 4, dtype=torch.float64))
-    u = torch.arange(1.0, 4.0, dtype=torch.float64)[:, None, None]
+    u = Condition(torch.arange(1.0, 4.0, dtype=torch.float64)[:, None, None])
+    null = u[:1].map(torch.zeros_like)
     denoiser = EDM(Plain(), Rectified())
     t = torch.tensor([0.2, 0.5, 0.8]).double()
-    d, d_null = denoiser(x_t, t, u), denoiser(x_t, t, 0 * u)
-    guided = ClassifierFree(2.0)(denoiser, 0 * u[:1])(x_t, t, u)
+    d, d_null = denoiser(x_t, t, u), denoiser(x_t, t, null.expand(3))
+    guided = ClassifierFree(2.0)(denoiser, null)(x_t, t, u)
     assert torch.allclose(guided, 2 * d - d_null, rtol=CLOSE)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("w", [0.0, 3.0])
+def test_null_planes_are_the_weaker_half(w: float, tokens: bool) -> None:
+    seen = []
+
+    class Beside(Network):
+        planes = 1
+
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+            assert u is not None and u.planes is not None
+            seen.append(u.planes)
+            given = 0 if u.tokens is None else u.tokens.sum(dim=(1, 2))[:, None, None, None]
+            return torch.sin(x * u.planes) + given
+
+    noise = Noise("planes")
+    x_t, planes, null_planes = (
+        noise.normal(torch.zeros(n, 1, 4, 4, dtype=torch.float64)) for n in (3, 3, 1)
+    )
+    u = Condition(torch.ones(3, 1, 2).double() if tokens else None, planes)
+    null = Condition(torch.zeros(1, 4, 2).double() if tokens else None, null_planes)
+    denoiser, t = EDM(Beside(), Rectified()), torch.tensor([0.2, 0.5, 0.8]).double()
+    guided = ClassifierFree(w)(denoiser, null)(x_t, t, u)
+    assert torch.equal(seen[0][:3], null_planes.expand(3, -1, -1, -1))
+    assert torch.equal(seen[0][3:], planes[: 3 if w else 0])
+    d, d_null = denoiser(x_t, t, u), denoiser(x_t, t, null.expand(3))
+    assert torch.allclose(guided, d_null + w * (d - d_null), rtol=CLOSE, atol=CLOSE)
+
+
+# --- autoguidance -------------------------------------------------------------------------------
+
+
+def pair(kind: str, schedule: Schedule, mixture: GaussianMixture) -> tuple[Denoiser, Denoiser]:
+    """A weaker denoiser and a better one, both with a density."""
+    if kind == "energies":
+        weak, strong = (Energy(random_network(seed, 3), schedule).double() for seed in (0, 1))
+        return weak, strong
+    wider = GaussianMixture(mixture.means, 2 * mixture.stds, mixture.weights)
+    return ScoreDenoiser(wider, schedule), ScoreDenoiser(mixture, schedule)
+
+
+@pytest.mark.parametrize("t", TIMES, ids=["()", "(B,)"])
+@pytest.mark.parametrize("kind", ["mixtures", "energies"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_autoguidance_is_linear(
+    schedule: Schedule, kind: str, t: Tensor, mixture: GaussianMixture
+) -> None:
+    """In D, in the score and in the density; scale 1 is D and scale 0 is D' to the last bit."""
+    weak, strong = pair(kind, schedule, mixture)
+    x_t, u, null = inputs(schedule, t)
+    for ask in ("__call__", "score", "log_prob"):
+        a, b = (getattr(denoiser, ask)(x_t, t, u) for denoiser in (weak, strong))
+        assert not torch.allclose(a, b, rtol=1e-3)
+        for w in (-1.0, 0.0, 0.3, 1.0, 2.0, 7.5):
+            found = getattr(Autoguidance(weak, w)(strong, null), ask)(x_t, t, u)
+            assert torch.allclose(found, a + w * (b - a), rtol=CLOSE, atol=CLOSE)
+            assert w not in (0, 1) or torch.equal(found, b if w else a)
+    law = Autoguidance(weak, 2.0)(strong, null).at(t, u)
+    log_p, score = law.log_prob_and_score(x_t)
+    assert torch.equal(log_p, law.log_prob(x_t)) and torch.equal(score, law.score(x_t))
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_autoguided_score_of_two_gaussians(schedule: Schedule, w: float) -> None:
+    """(1 − w) φ' + w φ of N(0, v) and N(0, 1), written out; without a condition."""
+    v, center = 2.5, torch.zeros(1, 2, dtype=torch.float64)
+    weak, strong = (
+        ScoreDenoiser(GaussianMixture(center, [variance**0.5]), schedule) for variance in (v, 1.0)
+    )
+    guided = Autoguidance(weak, w)(strong, None)
+    for t in TIMES:
+        x_t, _, _ = inputs(schedule, t)
+        alpha, sigma = (s.reshape(-1, 1) for s in schedule(t))
+        phi_weak, phi = (-x_t / (alpha**2 * variance + sigma**2) for variance in (v, 1.0))
+        expected = (1 - w) * phi_weak + w * phi
+        assert torch.allclose(guided.score(x_t, t), expected, rtol=1e-7, atol=CLOSE)
+        assert torch.allclose(guided.at(t).score(x_t), expected, rtol=1e-7, atol=CLOSE)
+        d = (x_t + sigma**2 * expected) / alpha
+        assert torch.allclose(guided(x_t, t, None), d, rtol=1e-7, atol=CLOSE)
+
+
+@pytest.mark.parametrize("other", [Cosine(), VP(clip=1e-3)], ids=["Cosine", "VP"])
+def test_autoguidance_needs_one_schedule(other: Schedule, mixture: GaussianMixture) -> None:
+    guidance = Autoguidance(ScoreDenoiser(mixture, VP()))
+    with pytest.raises(ValueError, match="needs one for both"):
+        guidance(ScoreDenoiser(mixture, other), None)
+    guidance(ScoreDenoiser(mixture, VP(0.1, 20.0)), None)  # the defaults, written out
+
+
+def test_autoguidance_has_a_density_where_both_have(mixture: GaussianMixture) -> None:
+    exact, learned = ScoreDenoiser(mixture, VP()), EDM(random_network(0, 3), VP())
+    x_t, u, null = inputs(VP(), TIMES[0])
+    for weak, strong in ((exact, learned), (learned, exact)):
+        guided = Autoguidance(weak)(strong, null)
+        assert guided.score(x_t, TIMES[0], u).isfinite().all()
+        with pytest.raises(NoDensity, match="EDM has a score and no density"):
+            guided.log_prob(x_t, TIMES[0], u)
+
+
+def test_the_weaker_denoiser_is_not_trained() -> None:
+    weak, strong = (EDM(random_network(seed, 0), VP()) for seed in (0, 1))
+    x_t, _, _ = inputs(VP(), TIMES[0])
+    Autoguidance(weak)(strong, None)(x_t, TIMES[0]).sum().backward()
+    assert not weak.training and all(p.grad is None for p in weak.parameters())
+    assert strong.training and any(p.grad is not None for p in strong.parameters())
+
+
+def test_an_unconditional_model_is_guided_by_a_weaker_one(mixture: GaussianMixture) -> None:
+    """And by no null condition, which it does not have."""
+    assert ClassifierFree.needs_condition and not Autoguidance.needs_condition
+    weak, strong = pair("mixtures", VP(), mixture)
+    seeds, like = [3, 1, 4], torch.zeros(3, 2)
+
+    def drawn(guidance: Autoguidance | ClassifierFree | None) -> Tensor:
+        generator = Generator(strong, None, Columns(2), Heun(8), guidance)
+        return torch.cat(list(generator([None] * 3, seeds, micro_batch=3)))
+
+    guided = Heun(8)(Autoguidance(weak, 3.0)(strong, None), like, None, PictureNoise(seeds))
+    assert torch.equal(drawn(Autoguidance(weak, 3.0)), guided)
+    assert not torch.allclose(drawn(None), guided, rtol=1e-3)
+    assert torch.equal(drawn(ClassifierFree(3.0)), drawn(None))

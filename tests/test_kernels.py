@@ -9,6 +9,7 @@ from arviz_stats.base.array import array_stats
 from scipy import stats
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.mcmc import (
     HMC,
     MALA,
@@ -385,7 +386,7 @@ def test_the_state_knows_its_target(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", EXACT, ids=of)
 def test_without_a_density_the_reason_is_given(kernel: Kernel) -> None:
     reason = f"{of(kernel)} accepts or rejects by p\\(x\\), and this target has a score only; use"
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         kernel.init(Linear(1.0), torch.zeros(2, 2))
 
 

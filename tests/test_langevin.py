@@ -10,8 +10,12 @@ import torch
 from energies import normal_energy
 from torch import Tensor
 
+from pipeline.building import brief
+from pipeline.codec import Columns
+from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser, Extrapolated, ScoreDenoiser
-from pipeline.drawing import Bar, acceptance, told
+from pipeline.errors import UserError
+from pipeline.generator import Bar, Generator
 from pipeline.guidance import ClassifierFree
 from pipeline.mcmc import HMC, MALA, NUTS, ULA, GaussianMixture, HalfDenoising, Kernel
 from pipeline.noise import Noise, PictureNoise
@@ -30,8 +34,8 @@ def empty(n: int, dim: int = 2) -> Tensor:
     return torch.zeros(n, dim, dtype=torch.float64)
 
 
-def onehot(k: int, n: int) -> Tensor:
-    return torch.eye(3, dtype=torch.float64)[k].expand(n, 1, 3)
+def onehot(k: int, n: int) -> Condition:
+    return Condition(torch.eye(3, dtype=torch.float64)[k].expand(n, 1, 3))
 
 
 def f64(value: float) -> Tensor:
@@ -55,7 +59,7 @@ class Plain(Denoiser):
         super().__init__(schedule)
         self.exact = ScoreDenoiser(law, schedule)
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         return self.exact(x_t, t, u)
 
 
@@ -69,7 +73,7 @@ class Polynomial(Denoiser):
         super().__init__(schedule)
         self.coefficients = coefficients
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         square = self.schedule.ratio(t) ** 2
         phi = sum(c * square**i for i, c in enumerate(self.coefficients))
         return (1 + square * phi) * x_t / self.schedule(t)[0]
@@ -208,7 +212,7 @@ def test_a_small_level_is_unstable_and_extrapolation_is_not() -> None:
     """D wrong by δ y is a score wrong by δ y / s²: at s² < δ the walk runs away."""
 
     class Wrong(Plain):
-        def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
             return super().forward(x_t, t, u) + 0.002 * x_t / self.schedule(t)[0]
 
     def variance(*ratios: float) -> float:
@@ -274,7 +278,7 @@ def test_each_class_has_its_law(
     sampler: Sampler, variance: Callable[[Any, float], float], mixture: GaussianMixture
 ) -> None:
     n = 1500
-    u = torch.cat([onehot(k, n) for k in range(3)])
+    u = Condition.stack([onehot(k, n) for k in range(3)])
     denoiser = ScoreDenoiser(mixture, VP())
     drawn = sampler(denoiser, empty(3 * n), u, Noise("classes")).view(3, n, 2)
     for k in range(3):
@@ -402,7 +406,7 @@ def test_guidance_guides_the_walk(scale: float, mixture: GaussianMixture) -> Non
     """One step along φ(y) + w (φ(y | u) − φ(y))."""
     n, s = 8, 0.4
     denoiser, u = ScoreDenoiser(mixture, Cosine()), onehot(1, n)
-    guided = ClassifierFree(scale)(denoiser, torch.zeros(1, 1, 3, dtype=torch.float64))
+    guided = ClassifierFree(scale)(denoiser, onehot(0, 1).map(torch.zeros_like))
     y = Langevin(ULA(0.2), [s], steps=1, start=0.8)(guided, empty(n), u, Noise("guided"))
     noise = Noise("guided")
     start = 0.8 * noise.normal(empty(n))
@@ -421,7 +425,7 @@ def test_a_walk_on_an_energy(kernel: Kernel, scale: float, mixture: GaussianMixt
     variances = (alpha_t * mixture.stds) ** 2 + sigma_t**2
     covariances = variances[:, None, None] * torch.eye(2, dtype=torch.float64)
     energy = normal_energy(schedule, t, alpha_t * mixture.means, covariances)
-    u = torch.cat([onehot(k, 4) for k in (0, 1)])
+    u = Condition.stack([onehot(k, 4) for k in (0, 1)])
     sampler = Langevin(kernel, [schedule.ratio(t).item()], steps=10)
     one, two = (
         sampler(ClassifierFree(scale)(d, onehot(2, 1)), empty(8), u, PictureNoise(range(8)))
@@ -440,7 +444,7 @@ def test_a_walk_on_an_energy(kernel: Kernel, scale: float, mixture: GaussianMixt
     ],
 )
 def test_a_score_alone_cannot_be_accepted(sampler: Sampler, mixture: GaussianMixture) -> None:
-    with pytest.raises(ValueError, match="score only; use ULA"):
+    with pytest.raises(UserError, match="score only; use ULA"):
         sampler(Plain(mixture, Cosine()), empty(4), None, Noise(0))
 
 
@@ -472,22 +476,25 @@ def test_bad_settings(make: Callable[[], Sampler], words: str) -> None:
         make()
 
 
-def test_a_sampler_with_a_kernel_is_told() -> None:
-    about = told(AnnealedLangevin(MALA(0.5), updates=3))
-    assert about is not None
+def test_a_sampler_with_a_kernel_is_brief() -> None:
+    about = brief(AnnealedLangevin(MALA(0.5), updates=3))
     assert json.loads(json.dumps(about))["kernel"] == {"class": "MALA", "step_size": 0.5}
-    assert told(None) is None
+    assert brief(None) is None
 
 
 def test_the_manifest_says_what_was_accepted(mixture: GaussianMixture) -> None:
-    bar, denoiser, states = Bar(disable=True), ScoreDenoiser(mixture, VP()), list[State]()
-    bar.accepted = []
+    denoiser, states = ScoreDenoiser(mixture, VP()), list[State]()
     sampler = PredictorCorrector(MALA(1.0), steps=5)
+    bar = Bar.over(Generator(denoiser, None, Columns(2), sampler), 32, 16)
+    assert bar.total == 10 and bar.acceptance() == {}
     for seed in (0, 1):
         sampler(denoiser, empty(16), None, Noise(seed), bar.watch)
         sampler(denoiser, empty(16), None, Noise(seed), states.append)
     seen = [state.acceptance for state in states]
     expected = [(seen[i] + seen[5 + i]).mean().item() / 2 for i in range(4)]  # type: ignore
-    assert acceptance(bar.accepted, 5)["acceptance"] == pytest.approx(expected, abs=1e-4)
-    assert acceptance([None] * 10, 5) == {}
-    assert len(acceptance(bar.accepted[:2], 5)["acceptance"]) == 2  # stopped on the way
+    assert bar.n == 10 and bar.acceptance()["acceptance"] == pytest.approx(expected, abs=1e-4)
+    bar.accepted = bar.accepted[:2]
+    assert len(bar.acceptance()["acceptance"]) == 2  # stopped on the way
+    bar.accepted = [None] * 10
+    assert bar.acceptance() == {}
+    bar.close()

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.condition import Condition, U
 from pipeline.denoisers import EDM, Denoiser, Energy, ScoreDenoiser
-from pipeline.guidance import Guided
+from pipeline.guidance import ClassifierFree
 from pipeline.mcmc.targets import Gaussian, GaussianMixture
-from pipeline.networks import MLP
+from pipeline.networks import MLP, Network
 from pipeline.noise import Noise, PictureNoise
 from pipeline.samplers import Likelihood
-from pipeline.samplers.likelihood import bits_per_dim, dequantise
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
 SCHEDULES = [VP(), Cosine(), VE(), Rectified(), VE(0.1, 1e3)]
@@ -30,13 +30,12 @@ def ends(schedule: Schedule) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def onehot(k: int | None, n: int) -> Tensor:
-    return (torch.zeros(3) if k is None else torch.eye(3)[k]).double().expand(n, 1, 3)
+def onehot(k: int | None, n: int) -> Condition:
+    row = torch.zeros(3) if k is None else torch.eye(3)[k]
+    return Condition(row.double().expand(n, 1, 3))
 
 
-def exact(
-    mixture: GaussianMixture, schedule: Schedule, x: Tensor, u: Tensor | None = None
-) -> Tensor:
+def exact(mixture: GaussianMixture, schedule: Schedule, x: Tensor, u: U = None) -> Tensor:
     """The log-density of x + s_0 n."""
     return mixture.diffuse(torch.ones((), dtype=x.dtype), ends(schedule)[0], u).log_prob(x)
 
@@ -103,15 +102,15 @@ def test_guided_gaussian(scale: float) -> None:
     """
     schedule = VE(0.01, 100.0)
     s_0, s_1 = ends(schedule)
-    wide, narrow = torch.eye(2, dtype=torch.float64)[:, None, None]  # (1, 1, 2) each
-    denoiser = Guided(ScoreDenoiser(TwoWidths(), schedule), wide, scale)
+    wide, narrow = (Condition(row) for row in torch.eye(2, dtype=torch.float64)[:, None, None])
+    denoiser = ClassifierFree(scale)(ScoreDenoiser(TwoWidths(), schedule), wide)
     stretch = math.prod(
         ((s_1**2 + std**2) / (s_0**2 + std**2)) ** (weight / 2)
         for std, weight in ((0.6, 1 - scale), (0.3, scale))
     )
     law = Gaussian(torch.zeros(2).double(), ((s_1 / stretch) ** 2).expand(2))
     x = law.draw(Noise("x"), 32)
-    found = EXACT(denoiser, x, narrow.expand(32, 1, 2), Noise(0))
+    found = EXACT(denoiser, x, narrow.expand(32), Noise(0))
     assert (found - law.log_prob(x)).abs().max() < 0.03  # of order 2 in the step
 
 
@@ -132,7 +131,7 @@ def random_network() -> Denoiser:
 
 
 def guided_mixture(mixture: GaussianMixture) -> Denoiser:
-    return Guided(ScoreDenoiser(mixture, VE(0.1, 80.0)), onehot(None, 1), 2.0)
+    return ClassifierFree(2.0)(ScoreDenoiser(mixture, VE(0.1, 80.0)), onehot(None, 1))
 
 
 @pytest.mark.parametrize("kind", ["guided", "network"])
@@ -145,7 +144,7 @@ def test_density_is_normalised(kind: str, mixture: GaussianMixture) -> None:
     assert abs(total - 1) < 0.02, total  # of order 2 in the step; the sum's own error is 1e-5
 
 
-class Quadratic(nn.Module):
+class Quadratic(Network):
     r"""The output :math:`f = A(s) z` that makes `Energy` the energy of a Gaussian about 0 of any
     covariance C.
 
@@ -156,7 +155,7 @@ class Quadratic(nn.Module):
         super().__init__()
         self.covariance, self.sigma_data = covariance, sigma_data
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: U) -> Tensor:
         s = level[0].exp()
         eye = torch.eye(2, dtype=x.dtype)
         precision = torch.linalg.inv(self.covariance + s**2 * eye)
@@ -177,8 +176,8 @@ def test_energy_agrees_with_its_own_flow() -> None:
     assert ((found - found[0]) - (stated - stated[0])).abs().max() < 0.05
 
 
-class Zero(nn.Module):
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None) -> Tensor:
+class Zero(Network):
+    def forward(self, x: Tensor, level: Tensor, u: U) -> Tensor:
         return 0 * x
 
 
@@ -230,20 +229,25 @@ def test_picture_noise_is_of_each_row(mixture: GaussianMixture) -> None:
     assert torch.allclose(together[2:3], alone, rtol=0, atol=1e-10)
 
 
-class Product(nn.Module):
+class Product(Network):
     """A network whose derivative is its condition."""
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        return x * u[:, 0]
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+        assert u is not None and u.tokens is not None
+        return x * u.tokens[:, 0]
 
 
 def test_leaves_inference_mode() -> None:
     """And comes back without gradients."""
     denoiser = EDM(Product(), VE(0.1, 80.0))
     n = torch.empty(4, 2, dtype=torch.float64)
-    outside = EXACT(denoiser, Noise("x").normal(n), Noise("u").normal(n)[:, None], Noise(0))
+
+    def given() -> tuple[Tensor, Condition]:
+        return Noise("x").normal(n), Condition(Noise("u").normal(n)[:, None])
+
+    outside = EXACT(denoiser, *given(), Noise(0))
     with torch.inference_mode():
-        x, u = Noise("x").normal(n), Noise("u").normal(n)[:, None]
+        x, u = given()
         assert torch.equal(EXACT(denoiser, x, u, Noise(0)), outside)
     assert not outside.requires_grad
 
@@ -253,40 +257,6 @@ def test_float32_is_enough(mixture: GaussianMixture) -> None:
     double = EXACT(random_network(), x, None, Noise(0))
     single = EXACT(random_network().float(), x.float(), None, Noise(0))
     assert (double - single).abs().max() < 1e-3  # 128 steps, each a few ulps of numbers near 5
-
-
-def test_bits_per_dim_of_the_uniform_law() -> None:
-    """256 equal values need 8 bits: as wide as the cells of all values, 256 / 127.5."""
-    log_prob = torch.tensor([-48 * math.log(256 / 127.5)], dtype=torch.float64)
-    assert torch.allclose(bits_per_dim(log_prob, 48), torch.tensor([8.0]).double())
-
-
-def test_dequantise() -> None:
-    pictures = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1).expand(-1, 1, 32, 32)
-    x = dequantise(pictures, Noise("cell"))
-    v = (x + 1) * 127.5 - pictures
-    assert v.abs().max() < 0.5 + 1e-4  # float32: 1e-7 of 255
-    n = v.numel()
-    # moments of the uniform law on (-1/2, 1/2), within four standard errors
-    assert v.mean().abs() < 4 / math.sqrt(12 * n)
-    assert abs(v.square().mean() - 1 / 12) < 4 / math.sqrt(180 * n)
-
-
-def test_bits_bound_the_code_length() -> None:
-    """Of a density p the law of a uint8 value is its mass on the value's cell. The bits of p after
-    `dequantise` are those of this law, plus what p varies within a cell, on average.
-    """
-    zero = torch.zeros((), dtype=torch.float64)
-    law = torch.distributions.Normal(zero, zero + 0.02)  # 2.5 cells wide: p varies within one
-    k = torch.arange(118, 138, dtype=torch.float64)  # four widths to each side
-    mass = law.cdf((k + 0.5) / 127.5 - 1) - law.cdf((k - 0.5) / 127.5 - 1)
-    needed = -torch.log2(mass)
-    pictures = k.to(torch.uint8).reshape(-1, 1, 1, 1).repeat_interleave(4096, dim=0)
-    x = dequantise(pictures, Noise("cell")).flatten()
-    bits = bits_per_dim(law.log_prob(x), 1).reshape(-1, 4096).mean(dim=1)
-    assert ((bits - needed) > -0.05).all()  # the mean of 4,096 is uncertain by a hundredth
-    gap = (mass * (bits - needed)).sum()
-    assert 0 < gap < 0.05
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 1}, {"probes": 0}, {"rho": 0.0}])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.mcmc import (
     HMC,
     MALA,
@@ -201,9 +202,9 @@ def test_ula_that_runs_away_says_where() -> None:
     law = Density(lambda x: -(x**4).sum(dim=1))
     x = start(4, 2) / 10
     x[2] = torch.tensor([10.0, 0.0])
-    with pytest.raises(ValueError, match=r"ULA left the finite numbers in chain 2 at step \d+"):
+    with pytest.raises(UserError, match=r"ULA left the finite numbers in chain 2 at step \d+"):
         run(law, ULA(0.05), x, 100, 0, Noise("away"))
-    with pytest.raises(ValueError, match=r"chain 2 at step \d+, from x = \["):
+    with pytest.raises(UserError, match=r"chain 2 at step \d+, from x = \["):
         run(law, ULA(0.05), x, 1, 100, Noise("away"))
 
 
@@ -237,14 +238,14 @@ def test_hmc_that_loses_energy_says_where() -> None:
 def test_a_start_without_density_is_refused() -> None:
     x = torch.zeros(3, 2, dtype=torch.float64)
     x[1, 0] = 2.0
-    with pytest.raises(ValueError, match=r"Chain 1 starts at x = \[2, 0\]"):
+    with pytest.raises(UserError, match=r"Chain 1 starts at x = \[2, 0\]"):
         run(Half(), NUTS(0.1), x, 10, 0, Noise(0))
     x[1, 0] = math.inf
-    with pytest.raises(ValueError, match=r"Chain 1 starts at x = \[inf, 0\]"):
+    with pytest.raises(UserError, match=r"Chain 1 starts at x = \[inf, 0\]"):
         run(Half(), ULA(0.1), x, 10, 0, Noise(0))
 
 
 @pytest.mark.parametrize(("draws", "warmup"), [(0, 0), (-1, 5), (5, -1)])
 def test_counts_are_checked(draws: int, warmup: int) -> None:
-    with pytest.raises(ValueError, match="at least 1 and 0"):
+    with pytest.raises(UserError, match="at least 1 and 0"):
         run(LAW, ULA(0.1), start(), draws, warmup, Noise(0))

@@ -13,17 +13,20 @@ from tiny import CALLBACKS, equal, fit, launch, read
 from torch import Tensor, nn
 
 from pipeline.callbacks import EMA
-from pipeline.data import Batch
+from pipeline.condition import Condition
+from pipeline.conditioning import Classes
+from pipeline.data import Batch, Points
 from pipeline.denoisers import EDM
 from pipeline.errors import UserError
-from pipeline.module import ScoreModule, replace
-from pipeline.networks import MLP
+from pipeline.mcmc import GaussianMixture
+from pipeline.module import ScoreModule
+from pipeline.networks import MLP, Network
 from pipeline.noise import Noise
 from pipeline.objectives import DSM, LogNormal
 from pipeline.samplers import DDIM
 from pipeline.schedules import Rectified
 
-STATE = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step")
+STATE = ("state_dict", "averages", "optimizer_states", "lr_schedulers", "global_step")
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -102,8 +105,13 @@ def module(**settings: Any) -> ScoreModule:
 def place(made: ScoreModule, rank: int, world: int, seen: int = 5) -> ScoreModule:
     progress = SimpleNamespace(total=SimpleNamespace(processed=seen))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    shares = {"rank": rank, "num_replicas": world}
     made._trainer = SimpleNamespace(  # type: ignore
-        global_rank=rank, world_size=world, fit_loop=loop, global_step=0, log_every_n_steps=1
+        global_rank=rank,
+        distributed_sampler_kwargs=shares,
+        fit_loop=loop,
+        global_step=0,
+        log_every_n_steps=1,
     )
     return made
 
@@ -111,7 +119,7 @@ def place(made: ScoreModule, rank: int, world: int, seen: int = 5) -> ScoreModul
 def batch(n: int) -> Batch:
     noise = Noise("batch")
     x, u = noise.normal(torch.empty(n, 2)), noise.normal(torch.empty(n, 2, 3))
-    return Batch(x, u, torch.zeros(1, 1, 3), torch.ones(n))
+    return Batch(x, Condition(u), Condition(torch.zeros(1, 1, 3)), torch.ones(n))
 
 
 def part(whole: Batch, rows: slice) -> Batch:
@@ -137,16 +145,7 @@ def test_step_depends_on_batches_seen_only() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_condition_dropout_replaces_that_share() -> None:
-    u, u_null = torch.ones(4, 3, 2), torch.full((1, 1, 2), 7.0)
-    where = torch.tensor([True, False, False, True])
-    dropped = replace(u, u_null, where)
-    assert torch.equal(dropped[1:3], u[1:3])
-    assert torch.equal(dropped[0], torch.tensor([[7.0, 7.0], [0.0, 0.0], [0.0, 0.0]]))
-    assert replace(u, torch.ones(1, 5, 2), where).shape == (4, 5, 2)
-
-
-class Recorder(nn.Module):
+class Recorder(Network):
     """A network that keeps the conditions it was given."""
 
     u_dim = 3
@@ -154,9 +153,9 @@ class Recorder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.seen: list[Tensor] = []
+        self.seen: list[Condition] = []
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: Condition) -> Tensor:
         self.seen.append(u)
         return self.weight * x
 
@@ -167,9 +166,21 @@ def test_condition_dropout_rate() -> None:
     with torch.no_grad():
         for seen in range(50):
             place(made, 0, 1, seen).training_step(batch(40), 0)
-    share = (torch.stack(network.seen) == 0).all(dim=(2, 3)).float().mean()
+    dropped = (torch.stack([u.tokens for u in network.seen]) == 0).all(dim=(2, 3))
     # 2,000 draws: the standard error is sqrt(.25 · .75 / 2000) = 0.0097
-    assert abs(share - 0.25) < 4 * 0.0097
+    assert abs(dropped.float().mean() - 0.25) < 4 * 0.0097
+
+
+def test_planes_and_tokens_are_dropped_together() -> None:
+    made, whole = module(condition_dropout=0.25), batch(40)
+    u = Condition(whole.u.tokens, torch.ones(40, 1, 2, 2))
+    null = Condition(whole.u_null.tokens, torch.zeros(1, 1, 2, 2))
+    made.denoiser.network = network = Recorder()
+    with torch.no_grad():
+        place(made, 0, 1).training_step(whole._replace(u=u, u_null=null), 0)
+    (seen,) = network.seen
+    gone = (seen.tokens == 0).all(dim=(1, 2))
+    assert 0 < gone.sum() < 40 and torch.equal(gone, (seen.planes == 0).all(dim=(1, 2, 3)))
 
 
 def test_learning_rate_rises_and_falls_to_zero() -> None:
@@ -195,10 +206,14 @@ def test_bad_dropout_is_an_error() -> None:
 
 def test_condition_of_another_width_is_one_sentence() -> None:
     made = module()
-    data = SimpleNamespace(conditioning=SimpleNamespace(dim=5))
-    made._trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
-    with pytest.raises(UserError, match="u_dim = 3 .* gives 5"):
-        made.on_fit_start()
+    mixture = GaussianMixture([[0.0, 0.0, 0.0]], [1.0])
+    for conditioning, said in (
+        (Classes(list("abcde")), "u_dim = 3 .* give 5"),
+        (Classes(list("abc")), "x_dim = 2 .* give 3"),
+    ):
+        made._trainer = SimpleNamespace(datamodule=Points(mixture, conditioning))  # type: ignore
+        with pytest.raises(UserError, match=said):
+            made.on_fit_start()
 
 
 def test_average_follows_the_weights() -> None:
@@ -292,7 +307,7 @@ def test_average_is_in_place_while_validating_and_never_saved_as_weights() -> No
     checkpoint = {"state_dict": made.state_dict()}
     ema.on_save_checkpoint(trainer, made, checkpoint)
     assert equal({k: checkpoint["state_dict"][k] for k in raw}, raw)
-    assert equal(checkpoint["ema"], average)
+    assert equal(checkpoint["averages"], {"0.5": average})
     ema.on_validation_end(trainer, made)
     assert all(torch.equal(p, raw[name]) for name, p in made.named_parameters())
 
@@ -300,8 +315,9 @@ def test_average_is_in_place_while_validating_and_never_saved_as_weights() -> No
 def test_checkpoint_holds_what_is_trained_and_nothing_else(whole: Path) -> None:
     checkpoint = read(whole)
     assert all(name.startswith("denoiser.network.") for name in checkpoint["state_dict"])
-    assert checkpoint["state_dict"].keys() == checkpoint["ema"].keys()
-    assert not equal(checkpoint["state_dict"], checkpoint["ema"])
+    assert checkpoint["averages"].keys() == {"0.9"}
+    assert checkpoint["state_dict"].keys() == checkpoint["averages"]["0.9"].keys()
+    assert not equal(checkpoint["state_dict"], checkpoint["averages"]["0.9"])
 
 
 def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:

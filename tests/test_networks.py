@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.networks import MLP, UNet
+from pipeline.condition import Condition, U
+from pipeline.networks import MLP, Network, UNet
 from pipeline.networks.layers import (
     CrossAttention,
     LevelEmbedding,
@@ -57,8 +57,8 @@ def tokens(n: int, length: int = 3) -> Tensor:
     return normal(n, length, E, key="u")
 
 
-def zeros_after(u: Tensor, rows: int) -> Tensor:
-    return F.pad(u, (0, 0, 0, rows))
+def condition(n: int, length: int = 3) -> Condition:
+    return Condition(tokens(n, length))
 
 
 def pictures(way: str, u_dim: int = E) -> tuple[nn.Module, Tensor]:
@@ -79,13 +79,13 @@ LEVEL = torch.tensor([-5.0, -1.0, 0.5, 4.0], dtype=torch.float64)
 @pytest.mark.parametrize("make", TAKERS)
 def test_it_depends_on_u_x_and_level(make: Make) -> None:
     network, x = make()
-    u = tokens(4)
+    u = condition(4)
     y = network(x, LEVEL, u)
     assert y.shape == x.shape and y.isfinite().all()
     size = y.abs().mean(dim=tuple(range(1, y.ndim)))
     for other in (
-        network(x, LEVEL, tokens(4).flip(0) * 2),
-        network(x, LEVEL, torch.zeros_like(u)),
+        network(x, LEVEL, u.map(lambda tokens: tokens.flip(0) * 2)),
+        network(x, LEVEL, u.map(torch.zeros_like)),
         network(x, LEVEL + 0.3, u),
         network(x + 0.1, LEVEL, u),
     ):
@@ -97,7 +97,7 @@ def test_it_depends_on_u_x_and_level(make: Make) -> None:
 @pytest.mark.parametrize("make", TAKERS)
 def test_rows_do_not_mix(make: Make) -> None:
     network, x = make()
-    u = tokens(4)
+    u = condition(4)
     y = network(x, LEVEL, u)
     for i in range(4):
         row = slice(i, i + 1)
@@ -108,15 +108,15 @@ def test_rows_do_not_mix(make: Make) -> None:
 def test_padding_changes_nothing(make: Make) -> None:
     network, x = make()
     u = tokens(4)
-    y = network(x, LEVEL, u)
-    assert torch.allclose(network(x, LEVEL, zeros_after(u, 5)), y, atol=CLOSE)
+    y = network(x, LEVEL, Condition(u))
+    assert torch.allclose(network(x, LEVEL, Condition(u).padded(8)), y, atol=CLOSE)
     # and rows of unequal length in one batch are each what they are alone
     u[1, 1:] = 0
     u[2, 2:] = 0
-    y = network(x, LEVEL, u)
+    y = network(x, LEVEL, Condition(u))
     for i, length in ((1, 1), (2, 2)):
         row = slice(i, i + 1)
-        alone = network(x[row], LEVEL[row], u[row, :length])
+        alone = network(x[row], LEVEL[row], Condition(u[row, :length]))
         assert torch.allclose(y[row], alone, atol=CLOSE)
 
 
@@ -126,18 +126,18 @@ def test_nothing_but_padding_is_finite(make: Make) -> None:
     network, x = make()
     u = tokens(4)
     u[::2] = 0
-    u.requires_grad_()
-    y = network(x, LEVEL, u)
+    y = network(x, LEVEL, Condition(u.requires_grad_()))
     y.square().sum().backward()
     assert y.isfinite().all() and u.grad is not None and u.grad.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert torch.allclose(network(x, LEVEL, torch.zeros(4, 1, E).double())[::2], y[::2])
+    null = Condition(torch.zeros(4, 1, E).double())
+    assert torch.allclose(network(x, LEVEL, null)[::2], y[::2])
 
 
 @pytest.mark.parametrize("make", TAKERS)
 def test_gradients_reach_every_parameter(make: Make) -> None:
     network, x = make()
-    (network(x, LEVEL, tokens(4)) * normal(*x.shape, key="g")).sum().backward()
+    (network(x, LEVEL, condition(4)) * normal(*x.shape, key="g")).sum().backward()
     for name, p in network.named_parameters():
         assert p.grad is not None and (p.grad != 0).any(), name
 
@@ -148,15 +148,15 @@ def test_a_number_as_a_condition_keeps_its_size(make: Make) -> None:
     network, x = make(u_dim=2)
     u = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 50.0], [1.0, -3.0]]).double()[:, None]
     x, level = x[:1].expand_as(x), LEVEL[:1].expand(4)
-    y = network(x, level, u).flatten(1)
+    y = network(x, level, Condition(u)).flatten(1)
     for i in range(4):
         for j in range(i):
             assert (y[i] - y[j]).abs().max() > 1e-4  # 1e5 times the rounding of a blind network
 
 
 def test_concat_modulate_and_pool_see_the_mean_of_the_tokens() -> None:
-    u = tokens(4)
-    mean = u.mean(dim=1, keepdim=True)
+    u = condition(4)
+    mean = u.map(lambda tokens: tokens.mean(dim=1, keepdim=True))
     for network, x in (
         (unet(**WAYS["concat"]), normal(4, 1, 8, 8)),
         (unet(**WAYS["modulate"]), normal(4, 1, 8, 8)),
@@ -174,12 +174,12 @@ def test_concat_modulate_and_pool_see_the_mean_of_the_tokens() -> None:
 def test_unet_sizes(channels: int, size: int, patch: int) -> None:
     network = unet(channels=channels, patch=patch, **WAYS["all"])
     x = normal(2, channels, size, size)
-    y = network(x, LEVEL[:2], tokens(2))
+    y = network(x, LEVEL[:2], condition(2))
     assert y.shape == x.shape
     # a nudge of one pixel changes its own surroundings the most: nothing is transposed on the way
     nudged = x.clone()
     nudged[:, :, 1, size - 2] += 1e-3
-    change = (network(nudged, LEVEL[:2], tokens(2)) - y).abs().sum(dim=(0, 1))
+    change = (network(nudged, LEVEL[:2], condition(2)) - y).abs().sum(dim=(0, 1))
     top = change.flatten().argmax().item()
     assert abs(top // size - 1) <= 4 and abs(top % size - (size - 2)) <= 4
 
@@ -187,7 +187,7 @@ def test_unet_sizes(channels: int, size: int, patch: int) -> None:
 def test_unet_takes_oblongs_and_three_stages() -> None:
     network = unet(channels=3, widths=(16, 24, 32), blocks=2, attention=(2,), attend=(1, 2))
     x = normal(2, 3, 8, 16)
-    assert network(x, LEVEL[:2], tokens(2)).shape == x.shape
+    assert network(x, LEVEL[:2], condition(2)).shape == x.shape
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_new_network_answers_zero_and_soon_heeds_level_and_u(network: nn.Modul
     """Zero at first, so D = c_skip y; a few steps later it depends on level and u."""
     picture = isinstance(network, UNet)
     x = (normal(4, 1, 8, 8) if picture else normal(4, 3)).float()
-    level, u = LEVEL.float(), tokens(4).float()
+    level, u = LEVEL.float(), condition(4).to(torch.float32)
     assert network(x, level, u).eq(0).all()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     # three: the output layer, then what it reads, then what that reads were zero or unread
@@ -237,7 +237,7 @@ def test_a_new_network_answers_zero_and_soon_heeds_level_and_u(network: nn.Modul
         loss.backward()
         optimizer.step()
     y = network(x, level, u)
-    for other in (network(x, level + 1, u), network(x, level, -u)):
+    for other in (network(x, level + 1, u), network(x, level, u.map(torch.neg))):
         assert (other - y).abs().max() > 1e-5 * y.abs().max()  # 100 float32 eps
 
 
@@ -265,7 +265,7 @@ def test_mlp_formula() -> None:
     z = first(z * norm.weight + norm.bias)
     h = h + second(z * torch.sigmoid(z))
     expected = network.output(h * torch.sigmoid(h))
-    assert torch.allclose(network(x, LEVEL, u), expected, atol=CLOSE)
+    assert torch.allclose(network(x, LEVEL, Condition(u)), expected, atol=CLOSE)
 
 
 def test_pool() -> None:
@@ -382,9 +382,9 @@ def test_low_precision_keeps_the_condition() -> None:
     network = unet(**WAYS["all"]).float()
     x, u = normal(4, 1, 8, 8).float(), tokens(4).float()
     u[0] = 0
-    y = network(x, LEVEL.float(), u)
+    y = network(x, LEVEL.float(), Condition(u))
     with torch.autocast("cpu", torch.bfloat16):
-        low = network(x, LEVEL.float(), u).float()
+        low = network(x, LEVEL.float(), Condition(u)).float()
     # 8 bits, some dozen layers: 5% of the output's own size
     assert (low - y).square().mean().sqrt() < 0.05 * y.square().mean().sqrt()
 
@@ -400,3 +400,68 @@ def test_coordinates() -> None:
         # two places far from every border, which five convolutions behind a fold by 2 do not reach
         same = torch.allclose(out[..., 24:26, 24:26], out[..., 36:38, 36:38], atol=CLOSE)
         assert same is not told
+
+
+def with_planes(n: int, channels: int = 1, size: int = 8) -> Condition:
+    return Condition(planes=normal(n, channels, size, size, key="planes"))
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_it_depends_on_the_planes(way: str | None) -> None:
+    """Alone, and beside tokens that are taken in one way or another."""
+    network = unet(u_dim=E, planes=2, **WAYS[way]) if way else unet(u_dim=0, planes=2)
+    x, planes = normal(4, 1, 8, 8), with_planes(4, 2).planes
+    u = Condition(tokens(4) if way else None, planes)
+    y = network(x, LEVEL, u)
+    size = y.abs().mean(dim=(1, 2, 3))
+    for k in range(2):
+        nudged = planes.clone()
+        nudged[:, k] += 0.1
+        change = (network(x, LEVEL, Condition(u.tokens, nudged)) - y).abs().amax(dim=(1, 2, 3))
+        assert (change > 1e-3 * size).all()  # 1e7 times the rounding of a blind network
+    for i in range(4):
+        row = slice(i, i + 1)
+        assert torch.allclose(network(x[row], LEVEL[row], u[row]), y[row], atol=CLOSE)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_planes_stand_beside_x(patch: int) -> None:
+    """The lecture's (x, u): a network of as many more channels, of whose output the first are
+    taken, is the same function of cat(x, planes).
+    """
+    network = unet(channels=1, planes=2, u_dim=0, patch=patch)
+    wide = unet(channels=3, u_dim=0, patch=patch)
+    weights, first = network.state_dict(), patch**2  # x comes before the planes
+    for name, own in (("output.weight", wide.output.weight), ("output.bias", wide.output.bias)):
+        weights[name] = torch.cat((weights[name], own[first:]))
+    wide.load_state_dict(weights)
+    x, u = normal(4, 1, 8, 8), with_planes(4, 2)
+    expected = wide(torch.cat((x, u.planes), dim=1), LEVEL)[:, :1]
+    assert torch.allclose(network(x, LEVEL, u), expected, atol=CLOSE)
+
+
+def test_planes_are_where_a_network_takes_them_and_as_large_as_x() -> None:
+    network, x = unet(u_dim=0, planes=1), normal(4, 1, 8, 8)
+    with pytest.raises(ValueError, match="planes of u are of 4×4 and the picture of 8×8"):
+        network(x, LEVEL, with_planes(4, size=4))
+    for u, count in ((None, 0), (Condition(), 0), (with_planes(4, 2), 2)):
+        with pytest.raises(ValueError, match=f"takes 1 planes of u and was given {count}"):
+            network(x, LEVEL, u)
+    with pytest.raises(ValueError, match=f"condition of width 0 and was given {E}"):
+        network(x, LEVEL, Condition(tokens(4), with_planes(4).planes))
+    for blind, x_t in ((unet(), x), (mlp(), normal(4, 3))):
+        with pytest.raises(ValueError, match="takes 0 planes of u and was given 1"):
+            blind(x_t, LEVEL, Condition(tokens(4), with_planes(4).planes))
+
+
+def test_a_network_says_what_it_takes() -> None:
+    class Plain(Network):
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+            return x
+
+    assert (Plain().u_dim, Plain().planes) == (0, 0)
+    assert (mlp().u_dim, mlp().planes) == (E, 0)
+    network = unet(channels=3, planes=2)
+    assert (network.channels, network.u_dim, network.planes) == (3, E, 2)
+    with pytest.raises(TypeError):
+        Network()  # type: ignore[abstract]

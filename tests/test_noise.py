@@ -111,21 +111,29 @@ def test_a_spread_average_has_less_variance() -> None:
 def test_a_picture_has_its_noise_in_any_company() -> None:
     def draw(*seeds: int) -> list[Tensor]:
         noise, x = PictureNoise(seeds), torch.zeros(len(seeds), 3, 4, 4)
-        return [noise.normal(x), noise.uniform(len(x)), noise.normal(x)]
+        n = len(x)
+        return [noise.normal(x), noise.uniform(n), noise.spread(n), noise.normal(x)]
 
     alone = draw(7)
     for seeds in ((7, 1, 2), (1, 7), (3, 2, 1, 0, 7), (7, 7)):
         for a, b in zip(alone, draw(*seeds), strict=True):
             assert torch.equal(a[0], b[seeds.index(7)])
-    a, _, b = draw(7, 8)
+    a, *_, b = draw(7, 8)
     assert not torch.equal(a[0], a[1]) and not torch.equal(a[0], b[0])
+
+
+def test_the_noise_of_pictures_is_a_noise() -> None:
+    """Whatever draws takes either; a picture alone has one cell, so spread is uniform."""
+    assert isinstance(PictureNoise([1, 2]), Noise)
+    assert torch.equal(PictureNoise([1, 2]).spread(2), PictureNoise([1, 2]).uniform(2))
 
 
 def test_as_many_seeds_as_rows() -> None:
     with pytest.raises(ValueError, match="3 rows .* 2 seeds"):
         PictureNoise([1, 2]).normal(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="3 rows .* 2 seeds"):
-        PictureNoise([1, 2]).uniform(3)
+    for draw in (PictureNoise([1, 2]).uniform, PictureNoise([1, 2]).spread):
+        with pytest.raises(ValueError, match="3 rows .* 2 seeds"):
+            draw(3)
 
 
 def test_the_global_generator_is_left_alone() -> None:

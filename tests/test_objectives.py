@@ -9,9 +9,10 @@ from energies import normal_energy, one_hot
 from scipy import stats
 from torch import Tensor, nn
 
+from pipeline.condition import Condition, U
 from pipeline.denoisers import EDM, Denoiser, Energy, Flow, Preconditioned, ScoreDenoiser
 from pipeline.mcmc.targets import GaussianMixture
-from pipeline.networks import MLP
+from pipeline.networks import MLP, Network
 from pipeline.noise import Noise
 from pipeline.objectives import (
     DSM,
@@ -49,12 +50,12 @@ class At(Levels):
         return torch.full_like(q, self.t)
 
 
-class Zero(nn.Module):
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+class Zero(Network):
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         return torch.zeros_like(x)
 
 
-class Exact(nn.Module):
+class Exact(Network):
     """The network whose denoiser is exact, times 1 + a, plus b: F = (D − c_skip y) / c_out."""
 
     def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
@@ -62,7 +63,7 @@ class Exact(nn.Module):
         self.exact, self.a, self.b = ScoreDenoiser(mixture, schedule), 0.0, 0.0
         self.denoiser: Preconditioned | None = None
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         assert self.denoiser is not None
         s = level.exp()
         c_in, c_skip, c_out = (c[:, None] for c in self.denoiser.scales(s))
@@ -178,7 +179,7 @@ def test_value_example_by_example(mixture: GaussianMixture) -> None:
     """The formula with the same draws: w(t) |D(α x + σ n) − x|² / d."""
     schedule = Rectified()
     x, k = mixture.sample(Noise("x"), 32)
-    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    u = one_hot(k, 3)
     levels = LogNormal((0.0,), (1.0,))
     for family in (EDM, Flow):
         denoiser = exact(mixture, schedule, family)
@@ -199,7 +200,7 @@ def test_the_exact_denoiser_is_the_minimum(
 ) -> None:
     n = 8192
     x, k = mixture.sample(Noise("min"), n)
-    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    u = one_hot(k, 3)
     dsm, denoiser = DSM(LogNormal((-1.0,), (1.0,))), exact(mixture, schedule, family)
     network: Exact = denoiser.network  # type: ignore[assignment]
 
@@ -245,14 +246,14 @@ def test_bands_are_equally_likely_and_in_order(levels: Levels, bands: int) -> No
 
 
 class Seen(Zero):
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         self.level = level
         return super().forward(x, level, u)
 
 
 def test_validate_is_the_same_loss(mixture: GaussianMixture) -> None:
     x, k = mixture.sample(Noise("v"), 64)
-    u = torch.eye(3, dtype=torch.float64)[k][:, None]
+    u = one_hot(k, 3)
     denoiser, dsm = exact(mixture, VP()), DSM(LogNormal())
     loss, _ = dsm.validate(denoiser, x, u, Noise("same"))
     assert torch.equal(loss, dsm(denoiser, x, u, Noise("same")))
@@ -261,9 +262,7 @@ def test_validate_is_the_same_loss(mixture: GaussianMixture) -> None:
 
 def test_an_objective_without_levels_has_one_band() -> None:
     class Size(Objective):
-        def __call__(
-            self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-        ) -> Tensor:
+        def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
             return x.square().sum(dim=1)
 
     x = torch.arange(8.0).reshape(4, 2)
@@ -290,9 +289,9 @@ def score_error(
     alpha, sigma = schedule(t)
     x_t = alpha * x + sigma * noise.normal(x)
 
-    def token(k: int | None) -> Tensor:
+    def token(k: int | None) -> Condition:
         row = torch.zeros(3) if k is None else torch.eye(3)[k]
-        return row.expand(len(x_t), 1, 3)
+        return Condition(row.expand(len(x_t), 1, 3))
 
     truth = mixture.diffuse(alpha, sigma, token(k)).score(x_t)
     phi = learned.score(x_t.float(), t.float(), token(guess)).double()
@@ -316,7 +315,7 @@ def test_it_recovers_the_score_given_u(family: type, mixture: GaussianMixture) -
         noise = Noise("train", i)
         x, k = mixture.sample(noise, 512)
         u = torch.eye(3)[k] * (noise.uniform(512) > 0.25)[:, None]  # condition dropout
-        loss = dsm(denoiser, x.float(), u[:, None], noise).mean()
+        loss = dsm(denoiser, x.float(), Condition(u[:, None]), noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -339,7 +338,7 @@ def test_it_recovers_the_score_given_u(family: type, mixture: GaussianMixture) -
     u = torch.eye(3)[k][:, None]
     with torch.no_grad():
         own, other = (
-            dsm.validate(denoiser, x.float(), given, Noise("validate"))[0]
+            dsm.validate(denoiser, x.float(), Condition(given), Noise("validate"))[0]
             for given in (u, u.roll(1, 0))
         )
     gap = other - own  # on the same noise and levels: a paired comparison
@@ -367,7 +366,7 @@ class Nodes(Noise):
         return torch.zeros(n)
 
 
-def quadrature(drawn: bool) -> tuple[Tensor, Tensor, Noise, Tensor]:
+def quadrature(drawn: bool) -> tuple[Tensor, Condition, Noise, Tensor]:
     """Nodes of x of either class, their u, the noise, and the weights that make sums means.
 
     With `drawn` the noise n is independent of x, as in x + σ n; else a node has its own number,
@@ -517,20 +516,21 @@ def test_score_matching_by_finite_differences(make: type[EDM]) -> None:
     """½ |φ|² + tr ∇φ of a network, on pictures; the signs of the slices together are the trace."""
     torch.manual_seed(0)
 
-    class Net(nn.Module):
+    class Net(Network):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4).double()
 
-        def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
-            assert u is not None
-            return torch.tanh(self.layer(x.flatten(1)) + u.sum(dim=(1, 2))[:, None]).view_as(x)
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+            assert u is not None and u.tokens is not None
+            shift = u.tokens.sum(dim=(1, 2))[:, None]
+            return torch.tanh(self.layer(x.flatten(1)) + shift).view_as(x)
 
     schedule = VE(0.1, 10.0)
     denoiser = make(Net(), schedule)
     noise = Noise("sm")
     x = noise.normal(torch.zeros(5, 1, 2, 2, dtype=torch.float64))
-    u = torch.arange(5).double()[:, None, None] / 5
+    u = Condition(torch.arange(5).double()[:, None, None] / 5)
     phi = denoiser.score(x, ZERO, u)
     trace = torch.zeros(5).double()
     for i in range(4):
@@ -569,7 +569,7 @@ def test_two_devices_have_the_losses_of_one_without_levels(
 
 
 def test_what_an_objective_needs_is_one_sentence() -> None:
-    x, u = torch.zeros(2, 2), torch.eye(3)[:2][:, None]
+    x, u = torch.zeros(2, 2), Condition(torch.eye(3)[:2][:, None])
     network, contrast = MLP(2, 3, width=8, depth=1), GaussianMixture([[0.0, 0.0]], [1.0])
     for denoiser in (EDM(network, VP()), Energy(network, VP())):
         with pytest.raises(ValueError, match="normalised: true"):
@@ -618,7 +618,7 @@ def test_every_objective_learns_each_class(
     for i in range(steps):
         noise = Noise("train", i)
         x, k = mixture.sample(noise, 256)
-        loss = objective(denoiser, x.float(), torch.eye(3)[k][:, None], noise).mean()
+        loss = objective(denoiser, x.float(), Condition(torch.eye(3)[k][:, None]), noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -627,6 +627,7 @@ def test_every_objective_learns_each_class(
     one_level = isinstance(objective, OneLevelDSM)
     t = objective.time(schedule).float() if one_level else torch.zeros(())
     errors, swapped, gaps = [], [], []
+    given = [Condition(row.expand(500, 1, 3)) for row in torch.eye(3)]
     for k in range(3):
         std = torch.hypot(mixture.stds[k], torch.tensor(0.2 if one_level else 0.0))
         law = GaussianMixture(mixture.means[k : k + 1], std[None])
@@ -634,11 +635,10 @@ def test_every_objective_learns_each_class(
         phi = law.score(x)
         with torch.no_grad():
             for found, guess in ((errors, k), (swapped, (k + 1) % 3)):
-                u = torch.eye(3)[guess].expand(500, 1, 3)
-                learned = denoiser.score(x.float(), t, u)
+                learned = denoiser.score(x.float(), t, given[guess])
                 found.append(((learned - phi).square().sum() / phi.square().sum()).item())
             if deviation is not None:
-                log_p = denoiser.log_prob(x.float(), t, torch.eye(3)[k].expand(500, 1, 3))
+                log_p = denoiser.log_prob(x.float(), t, given[k])
                 gap = log_p - law.log_prob(x)
                 if not isinstance(objective, NCE):  # it alone learns the constant
                     gap = gap - gap.mean()

@@ -95,7 +95,7 @@ def test_mistakes_are_said_in_a_sentence(
 def test_draws_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["sample", "-c", str(ROOT / "conf/sample/mixture.yaml"), *SMALL, "--out", str(tmp_path)]
     assert main(args) == 0 and main(args) == 2
-    assert "holds draws already" in capsys.readouterr().err
+    assert "holds results already" in capsys.readouterr().err
 
 
 def test_help_comes_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser, ScoreDenoiser
 from pipeline.mcmc import HMC, MALA, ULA, GaussianMixture, HalfDenoising, Target
 from pipeline.noise import Noise, PictureNoise
@@ -54,8 +55,9 @@ def empty(n: int, *shape: int) -> Tensor:
     return torch.zeros(n, *(shape or (2,)), dtype=torch.float64)
 
 
-def onehot(k: int | None, n: int) -> Tensor:
-    return (torch.zeros(3) if k is None else torch.eye(3)[k]).double().expand(n, 1, 3)
+def onehot(k: int | None, n: int) -> Condition:
+    row = torch.zeros(3) if k is None else torch.eye(3)[k]
+    return Condition(row.double().expand(n, 1, 3))
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
@@ -110,13 +112,7 @@ class NoSigma(DDIM):
     """Wrong on purpose: the noise keeps its old scale."""
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         alpha_t, sigma_t = denoiser.schedule(t)
         alpha_s, sigma_s = denoiser.schedule(s)
@@ -128,13 +124,7 @@ class TooNoisy(DDIM):
     """Wrong on purpose: fresh noise without shrinking the old."""
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         x_s = super().step(denoiser, state, t, s, u, noise).x
         return State(x_s + 0.2 * denoiser.schedule(s)[1] * noise.normal(x_s))
@@ -206,7 +196,7 @@ class Known(Denoiser):
         super().__init__(schedule)
         self.x = x
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         return torch.full_like(x_t, self.x)
 
 
@@ -296,7 +286,7 @@ def test_dpm_solver_step(schedule: Schedule) -> None:
     a, b = 0.3, -0.2
 
     class Straight(Denoiser):
-        def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
             return torch.full_like(x_t, a) - b * self.schedule.ratio(t).log()
 
     solver, denoiser, noise = DPMSolver(4), Straight(schedule), Noise(0)
@@ -357,17 +347,17 @@ class Counter(Denoiser):
         super().__init__(inner.schedule)
         self.inner, self.times = inner, []
 
-    def count(self, t: Tensor, u: Tensor | None) -> None:
+    def count(self, t: Tensor, u: U) -> None:
         assert t.shape == ()
         self.times.append(t.item())
         self.u = u
 
-    def forward(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         assert t.dtype == x_t.dtype
         self.count(t, u)
         return self.inner(x_t, t, u)
 
-    def at(self, t: Tensor, u: Tensor | None = None) -> Target:
+    def at(self, t: Tensor, u: U = None) -> Target:
         counter, law = self, self.inner.at(t, u)
 
         class Counted(Target):
@@ -446,7 +436,7 @@ def test_a_picture_is_the_same_in_any_company(sampler: Sampler, mixture: Gaussia
     denoiser = ScoreDenoiser(mixture, VP())
 
     def draw(*seeds: int) -> Tensor:
-        u = torch.cat([onehot(seed % 3, 1) for seed in seeds])
+        u = Condition.stack([onehot(seed % 3, 1) for seed in seeds])
         return sampler(denoiser, empty(len(seeds)), u, PictureNoise(seeds))
 
     alone = draw(7)[0]

@@ -26,7 +26,8 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def named(schedule: Schedule) -> str:
-    return f"{type(schedule).__name__}{tuple(vars(schedule).values())}"
+    numbers = tuple(value for name, value in vars(schedule).items() if name[0] != "_")
+    return f"{type(schedule).__name__}{numbers}"
 
 
 @pytest.mark.parametrize(("low", "high", "clip"), [(0.1, 20.0, 1e-4), (0.5, 12.0, 0.01)])

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.distributed import gather
 from pipeline.errors import UserError
-from pipeline.evaluation.statistics import Reference, Statistics, by_class, gather
+from pipeline.evaluation.statistics import Reference, Statistics, by_class
 from pipeline.noise import Noise
 
 DIM = 5

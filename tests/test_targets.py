@@ -15,6 +15,7 @@ from torch.distributions import (
     Normal,
 )
 
+from pipeline.condition import Condition
 from pipeline.mcmc import (
     Banana,
     Density,
@@ -127,9 +128,9 @@ def test_diffuse_takes_a_time_per_example(mixture: GaussianMixture) -> None:
 
 def test_a_class_is_one_component_and_null_is_the_whole(mixture: GaussianMixture) -> None:
     alpha, sigma = torch.tensor(0.8).double(), torch.tensor(0.6).double()
-    u = torch.cat((torch.eye(3), torch.zeros(1, 3)))[:, None]  # (4, 1, 3), float32 as encoders do
+    tokens = torch.cat((torch.eye(3), torch.zeros(1, 3)))[:, None]  # float32 as encoders do
     x = points(4)
-    law = mixture.diffuse(alpha, sigma, u)
+    law = mixture.diffuse(alpha, sigma, Condition(tokens))
     for k in range(3):
         std = torch.sqrt((0.8 * mixture.stds[k]) ** 2 + 0.6**2)
         one = Independent(Normal(0.8 * mixture.means[k], std), 1)
@@ -144,10 +145,9 @@ def test_a_class_is_one_component_and_null_is_the_whole(mixture: GaussianMixture
 
 def test_a_class_is_not_the_whole_when_all_are_asked(mixture: GaussianMixture) -> None:
     """One time, one class per example: what a sampler asks at every step."""
-    u = torch.eye(3)[[0, 0, 1, 2, 1]][:, None]
-    x = points(5)
+    k = torch.tensor([0, 0, 1, 2, 1])
+    u, x = Condition(torch.eye(3)[k][:, None]), points(5)
     law = mixture.diffuse(torch.ones(()).double(), torch.tensor(0.3).double(), u)
-    k = u[:, 0].argmax(dim=-1)
     score = (mixture.means[k] - x) / (mixture.stds[k, None] ** 2 + 0.3**2)
     assert torch.allclose(law.score(x), score, rtol=1e-6)  # 0.3 was rounded to float32
 

@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint import averages
+
 __all__ = ["EMA"]
 
 
@@ -17,7 +19,7 @@ class EMA(pl.Callback):
         d_k = \min\left(d, \frac{1 + k}{10 + k}\right)^m
 
     after every m-th optimizer step k. Checkpoints hold θ as the model's weights and
-    :math:`\bar\theta` under "ema", whenever they are written.
+    :math:`\bar\theta` among the averages, named after d, whenever they are written.
 
     Arguments:
         decay: The decay d of one step, in [0, 1).
@@ -32,7 +34,7 @@ class EMA(pl.Callback):
             )
         if every < 1:
             raise ValueError(f"every = {every} must be at least 1.")
-        self.decay, self.every = decay, every
+        self.decay, self.every, self.name = decay, every, f"{decay:g}"
         self.average: dict[str, Tensor] = {}
         self.step = 0
         self.swapped = False
@@ -88,12 +90,14 @@ class EMA(pl.Callback):
         if self.swapped:
             average = {name: weights[name] for name in self.average}
             weights.update(self.average)
-        checkpoint["ema"] = average
+        checkpoint.setdefault("averages", {})[self.name] = average
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.average = checkpoint.get("ema", {})
+        kept = averages(checkpoint)
+        # a run may go on with another decay: it starts from the one average there is
+        self.average = kept.get(self.name) or next(iter(kept.values()), {})
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

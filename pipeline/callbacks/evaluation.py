@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 
 from pipeline.evaluation.features import EfficientNetLite0, Features
 from pipeline.evaluation.measure import DISTANCES, FEWEST, Measure
-from pipeline.generator import Generator
 from pipeline.module import ScoreModule
 
 __all__ = ["Evaluation"]
@@ -59,7 +58,7 @@ class Evaluation(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if len(data.shape) == 3:
+        if data.codec.pictures:
             self.measure = Measure(data, self.features.to(pl_module.device), self.number)
             self.floor = self.measure.floor["frechet"]
 
@@ -84,14 +83,7 @@ class Evaluation(pl.Callback):
         if not trainer.strategy.broadcast(due):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        generator = Generator(
-            pl_module.denoiser,
-            data.conditioning,
-            data.shape,
-            pl_module.sampler,
-            pl_module.guidance,
-            together=True,
-        )
+        generator = pl_module.generator(data, together=True)
         scores, _, _ = self.measure(generator, self.seed, self.micro_batch)
         dim = self.features.dim
         names = [name for name in (*DISTANCES, "inception_score") if name in scores]

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from pipeline.distributed import share
 from pipeline.module import ScoreModule
 from pipeline.noise import Noise
 
@@ -51,8 +52,8 @@ class Precision(pl.Callback):
     ) -> float:
         """Seconds for one loss and its gradient, on rows of zeros and the null condition."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        x = torch.zeros(data.batch_size // trainer.world_size, *data.shape).to(pl_module.device)
-        u = data.conditioning.null().to(x).expand(len(x), -1, -1) if data.conditioning else None
+        x = torch.zeros(data.batch_size // share(trainer)[1], *data.shape).to(pl_module.device)
+        u = data.conditioning.null().to(x.device).expand(len(x)) if data.conditioning else None
         denoiser, noise = pl_module.denoiser, Noise("trial", device=x.device)
         denoiser.precision = precision
         start = time.perf_counter()

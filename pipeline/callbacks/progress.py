@@ -7,6 +7,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from pipeline.distributed import share
+
 __all__ = ["Progress"]
 
 
@@ -61,7 +63,7 @@ class Progress(ProgressBar):
             return
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore
             taken = time.perf_counter() - self.since - self.paused
-            examples = self.batches * len(batch[0]) * trainer.world_size  # type: ignore[index]
+            examples = self.batches * len(batch[0]) * share(trainer)[1]  # type: ignore[index]
             pl_module.log("train/examples_per_s", examples / taken)
             self._restart_window()
             shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}

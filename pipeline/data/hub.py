@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.conditioning.base import Conditioning
+from pipeline.conditioning import Conditioning
 from pipeline.data.pictures import Pictures
 from pipeline.errors import UserError
 
@@ -169,6 +169,10 @@ class Hub(Pictures):
             )
         self.check_full(split, [not (text or "").strip() for text in column], "caption")
         return column
+
+    def names(self) -> list[str]:
+        kind = self.feature(self.dataset("train"), self.caption, "caption")
+        return list(kind.names) if hasattr(kind, "int2str") else super().names()
 
     def check_full(self, split: str, empty: list[bool], what: str) -> None:
         if any(empty):

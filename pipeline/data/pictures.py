@@ -10,14 +10,11 @@ with a Lanczos filter, the middle cut out. An unreadable picture stops the run w
 guessing around it would change the data in silence.
 """
 
-import hashlib
 import io
-import json
 import math
 import os
 import shutil
 import time
-import uuid
 from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +26,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from pipeline.conditioning.base import Conditioning
+from pipeline.codec import Pixels
+from pipeline.conditioning import Conditioning
 from pipeline.data.base import DataModule, Source
 from pipeline.errors import UserError
+from pipeline.files import digest, whole
 
 if TYPE_CHECKING:
     import datasets
@@ -56,16 +55,10 @@ class Pictures(DataModule):
     def __init__(
         self, conditioning: Conditioning | None, size: int, channels: int = 3, **kwargs: Any
     ) -> None:
-        super().__init__(conditioning, **kwargs)
         if size < 8:
             raise UserError(f"data.size is {size}; a picture needs a side of at least 8 pixels.")
-        if channels not in (1, 3):
-            raise UserError(f"data.channels is {channels}; it must be 3 (colour) or 1 (grey).")
+        super().__init__(Pixels(channels, size, size), conditioning, **kwargs)
         self.size, self.channels = size, channels
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.size, self.size
 
     @abstractmethod
     def dataset(self, split: str) -> "datasets.Dataset":
@@ -85,12 +78,12 @@ class Pictures(DataModule):
 
     def source(self, split: str) -> Source:
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
-        key = json.dumps([VERSION, self.fingerprint(split), self.size, self.channels])
-        path = self.cache / "pictures" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        key = digest(VERSION, self.fingerprint(split), self.size, self.channels)
+        path = self.cache / "pictures" / f"{key[:32]}.npy"
         if not path.exists():
             images = self.dataset(split).select_columns([self.image])
             try:
-                write_map(path, images, self.shape, f"decoding {split}")
+                write_map(path, images, (self.channels, self.size, self.size), f"decoding {split}")
             except Unreadable as error:
                 count, row, why = error.args
                 raise UserError(
@@ -110,8 +103,7 @@ def write_map(
 ) -> None:
     """Decodes a data set of one column, pictures, to `path`, all or nothing."""
     make_room(path.parent, len(images) * math.prod(shape))
-    part = path.with_suffix(f".{uuid.uuid4().hex}.part")
-    try:
+    with whole(path) as part:
         rows = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), *shape))
         broken = []
         for row, picture in enumerate(decoded(images, shape, title)):
@@ -122,9 +114,6 @@ def write_map(
         if broken:
             raise Unreadable(len(broken), *broken[0])
         rows.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     rank_zero_info(f"Kept {len(images)} decoded pictures in {path}.")
 
 

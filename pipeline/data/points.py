@@ -2,7 +2,8 @@
 
 import torch
 
-from pipeline.conditioning.base import Conditioning
+from pipeline.codec import Columns
+from pipeline.conditioning import Conditioning
 from pipeline.data.base import DataModule, Source
 from pipeline.errors import UserError
 from pipeline.mcmc.targets import GaussianMixture
@@ -38,14 +39,15 @@ class Points(DataModule):
         cache_dir: str | None = None,
         table_gib: float = 1.0,
     ) -> None:
-        super().__init__(conditioning, batch_size, seed, workers, cache_dir, table_gib)
+        codec = Columns(mixture.dim)
+        super().__init__(codec, conditioning, batch_size, seed, workers, cache_dir, table_gib)
         if min(rows, val_rows) < 1:
             raise ValueError(f"rows is {rows} and val_rows {val_rows}; both must be at least 1.")
         self.mixture, self.counts = mixture, {"train": rows, "val": val_rows}
 
-    @property
-    def shape(self) -> tuple[int]:
-        return (self.mixture.means.shape[-1],)
+    def names(self) -> list[str]:
+        """The number of each component."""
+        return [str(k) for k in range(len(self.mixture.means))]
 
     def source(self, split: str) -> Source:
         if split not in self.counts:

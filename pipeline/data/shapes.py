@@ -9,21 +9,25 @@ the same bytes in every process.
 """
 
 import io
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from pipeline.conditioning.base import Conditioning
+from pipeline.conditioning import Conditioning
+from pipeline.data.order import in_rounds
 from pipeline.data.pictures import Pictures
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Attributes", "Pair", "Relations", "Shapes", "coverage", "draw"]
+__all__ = ["Attributes", "Drawings", "Pair", "Relations", "Shapes", "coverage", "draw"]
 
 VERSION = 1  # of the drawing code: raise it when pictures would come out different
 SPLITS = ("train", "val", "unseen")
@@ -119,11 +123,9 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-class Shapes(Pictures):
-    """One flat object on white, and its caption.
+class Drawings(Pictures):
+    """Flat objects on white, and a caption for each; a member says which, and how they are drawn.
 
-    Training captions leave out the position in 15 % of the rows and the size in 10 %, so that a
-    part of a caption is a prompt too.
     Splits: `train` and `val` (the seen four fifths, other drawings), `unseen` (the other fifth).
 
     Arguments:
@@ -138,8 +140,7 @@ class Shapes(Pictures):
         table_gib: See :class:`pipeline.data.DataModule`.
     """
 
-    jitter = 0.75  # pixels, of the centre, each way
-    drop = {"position": 0.15, "size": 0.10}
+    jitter: float  # pixels, of the centre, each way
 
     def __init__(
         self,
@@ -164,6 +165,18 @@ class Shapes(Pictures):
             raise UserError(f"data.per_combination is {per_combination}; it must be at least 1.")
         self.per_combination = per_combination
 
+    @abstractmethod
+    def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
+        """Seen and unseen combinations."""
+
+    @abstractmethod
+    def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
+        """Combinations → uint8 pictures (N, 3, 32, 32)."""
+
+    def partial(self, one: Any, generator: np.random.Generator) -> Any:
+        """What of a combination a training caption says."""
+        return one
+
     def combinations(self, split: str) -> list[Any]:
         """The combinations that a split draws; `train` and `val` share theirs."""
         seen, unseen = self.divide(np.random.default_rng((self.seed, 0)))
@@ -173,40 +186,12 @@ class Shapes(Pictures):
         """The complete caption of every combination of a split: the prompts to evaluate."""
         return [one.caption for one in self.combinations(split)]
 
-    def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
-        """Seen and unseen: for each colour, shape and size, one position of five is held out."""
-        colours, shapes, sizes, positions = (
-            generator.permutation(list(names)).tolist()
-            for names in (COLOURS, SHAPES, SIZES, POSITIONS)
-        )
-        seen, unseen = [], []
-        for (i, colour), (j, shape), (k, size), (m, position) in product(
-            *map(enumerate, (colours, shapes, sizes, positions))
-        ):
-            held_out = (i + 2 * j + k) % len(positions) == m
-            (unseen if held_out else seen).append(Attributes(colour, shape, size, position))
-        return sorted(seen), sorted(unseen)
-
     def plan(self, split: str) -> tuple[list[Any], np.random.Generator]:
         """What to draw, row by row, and the generator to draw it with."""
         times = self.per_combination if split == "train" else max(1, self.per_combination // 8)
         stream = 1 + SPLITS.index(known(split))
         generator = np.random.default_rng((self.seed, stream))
         return self.combinations(split) * times, generator
-
-    def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
-        """Combinations → uint8 pictures (N, 3, 32, 32)."""
-        centre = np.array([POSITIONS[one.position] for one in plan])
-        centre = centre + generator.uniform(-self.jitter, self.jitter, centre.shape)
-        radius = np.array([SIZES[one.size] for one in plan])
-        radius = radius * generator.uniform(0.94, 1.06, len(plan))
-        return draw(plan, centre[:, 0], centre[:, 1], radius).round().astype(np.uint8)
-
-    def partial(self, one: Any, generator: np.random.Generator) -> Any:
-        """The combination with some of its attributes left unsaid."""
-        unsaid = generator.random(len(self.drop)) < list(self.drop.values())
-        names = [name for name, leave in zip(self.drop, unsaid, strict=True) if leave]
-        return one._replace(**dict.fromkeys(names))
 
     def values(self, split: str) -> list[str]:
         """The captions, row by row."""
@@ -226,43 +211,69 @@ class Shapes(Pictures):
         types = {"image": Image(decode=False)} | {name: Value("string") for name in words}
         return Dataset.from_dict({"image": images} | words, features=Features(types))
 
+    def held_out(self, number: int) -> tuple[list[str], Tensor]:
+        """Unseen combinations, and drawings of them, made anew."""
+        order, unseen = np.random.default_rng(0), self.combinations("unseen")
+        plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
+        return [one.caption for one in plan], torch.from_numpy(self.render(plan, order))
+
     def fingerprint(self, split: str) -> str:
         table = (VERSION, COLOURS, SHAPES, SIZES, POSITIONS, RELATIONS, BACKGROUND, self.jitter)
         return f"{type(self).__name__} {split} {self.seed} {self.per_combination} {table}"
 
 
-class Relations(Shapes):
-    """Two flat objects on white, and a caption that says how they lie.
+class Shapes(Drawings):
+    """One flat object on white, and its caption; the arguments are those of `Drawings`.
+
+    Training captions leave out the position in 15 % of the rows and the size in 10 %, so that a
+    part of a caption is a prompt too.
+    """
+
+    jitter = 0.75
+    drop = {"position": 0.15, "size": 0.10}
+
+    def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
+        """Seen and unseen: for each colour, shape and size, one position of five is held out."""
+        colours, shapes, sizes, positions = (
+            generator.permutation(list(names)).tolist()
+            for names in (COLOURS, SHAPES, SIZES, POSITIONS)
+        )
+        seen, unseen = [], []
+        for (i, colour), (j, shape), (k, size), (m, position) in product(
+            *map(enumerate, (colours, shapes, sizes, positions))
+        ):
+            held_out = (i + 2 * j + k) % len(positions) == m
+            (unseen if held_out else seen).append(Attributes(colour, shape, size, position))
+        return sorted(seen), sorted(unseen)
+
+    def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
+        """Combinations → uint8 pictures (N, 3, 32, 32)."""
+        centre = np.array([POSITIONS[one.position] for one in plan])
+        centre = centre + generator.uniform(-self.jitter, self.jitter, centre.shape)
+        radius = np.array([SIZES[one.size] for one in plan])
+        radius = radius * generator.uniform(0.94, 1.06, len(plan))
+        return draw(plan, centre[:, 0], centre[:, 1], radius).round().astype(np.uint8)
+
+    def partial(self, one: Any, generator: np.random.Generator) -> Any:
+        """The combination with some of its attributes left unsaid."""
+        unsaid = generator.random(len(self.drop)) < list(self.drop.values())
+        names = [name for name, leave in zip(self.drop, unsaid, strict=True) if leave]
+        return one._replace(**dict.fromkeys(names))
+
+    def wanted(self, number: int, order: np.random.Generator) -> list[Attributes]:
+        unseen = self.combinations("unseen")
+        return [unseen[k] for k in in_rounds(len(unseen), number, order)]
+
+
+class Relations(Drawings):
+    """Two flat objects on white, and a caption that says how they lie; the arguments are those of
+    `Drawings`. There are 1,768 seen captions.
 
     "A left of B" and "B right of A" are the same picture, so they are held out together.
-
-    Arguments:
-        conditioning: What turns a caption into u, or None.
-        per_combination: Training drawings of each of the 1,768 seen captions.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the held-out fifth, the drawings and the order.
-        workers: Loader processes.
-        cache_dir: Where pictures and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
-        table_gib: See :class:`pipeline.data.DataModule`.
     """
 
     jitter = 1.5
     radius = 5.5
-
-    def __init__(
-        self,
-        conditioning: Conditioning | None,
-        per_combination: int = 4,
-        batch_size: int = 32,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        table_gib: float = 1.0,
-    ) -> None:
-        super().__init__(
-            conditioning, per_combination, batch_size, seed, workers, cache_dir, table_gib
-        )
 
     def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
         """Seen and unseen: of what may stand right of an object, or below, a fifth is held out."""
@@ -287,9 +298,6 @@ class Relations(Shapes):
         first = draw([one.first for one in plan], x[:, 0], y[:, 0], radius[:, 0])
         second = draw([one.second for one in plan], x[:, 1], y[:, 1], radius[:, 1])
         return (first + second - np.array(BACKGROUND)[:, None, None]).round().astype(np.uint8)
-
-    def partial(self, one: Any, generator: np.random.Generator) -> Any:
-        return one
 
 
 def known(split: str) -> str:

@@ -5,11 +5,10 @@ read from the pixels (`shapes_adherence`); among the prompts, the own one should
 the picture in a space that holds both (`retrieval_accuracy`); and in CLIP's space, the two should
 be near each other (`clip_score`).
 
-A space holds prompts if it has a text half (`CLIP`), or if each prompt has true pictures, whose
-mean feature stands for it (`mean_features`).
+A space holds prompts if it has a text half, as `CLIP` does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,78 +18,44 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from pipeline.conditioning import TextEncoder
-from pipeline.data.shapes import Relations, Shapes
+from pipeline.data import Attributes
 from pipeline.errors import UserError
 from pipeline.evaluation.features import Vision
 from pipeline.evaluation.shapes import accuracy
-from pipeline.generator import Generator
-from pipeline.png import to_uint8
-from pipeline.samplers import State
 
 __all__ = [
     "CLIP",
     "clip_score",
     "distinct",
-    "mean_features",
     "retrieval_accuracy",
     "shapes_adherence",
 ]
 
 
 def shapes_adherence(
-    generator: Generator,
-    data: Any,
-    number: int,
-    seed: int = 0,
-    micro_batch: int = 16,
-    progress: Callable[[State], object] | None = None,
-) -> tuple[dict[str, Any], Tensor, list[str]]:
-    """Draw unseen combinations of `Shapes` and read the attributes back from the pixels.
-
-    The combinations are taken in a random order that `seed` decides, each once before any twice;
-    picture i is drawn with seed `seed` + i.
+    pictures: Tensor, wanted: Sequence[Attributes], order: np.random.Generator
+) -> dict[str, Any]:
+    """Read the attributes of the built-in shapes back from the pixels.
 
     Arguments:
-        generator: What draws.
-        data: The data module the model was trained on.
-        number: The number N of pictures.
-        seed: Decides the order of the prompts, the pictures, and how prompts are shuffled.
-        micro_batch: How many are drawn together.
-        progress: Called with the state after each step of the sampler.
+        pictures: uint8, with shape (N, 3, 32, 32).
+        wanted: What was asked of each.
+        order: Decides how prompts are shuffled.
 
     Returns:
-        A result of plain numbers: "accuracy" of each attribute, of their "mean" and of "all"
-        together; the same for the prompts in another order, "shuffled", which shows that the
-        prompt decided; and "chance". Then the uint8 pictures (N, 3, 32, 32), and their prompts.
-
-    Raises:
-        UserError: The data are not the built-in shapes.
+        Plain numbers: "accuracy" of each attribute, of their "mean" and of "all" together; the
+        same for the prompts in another order, "shuffled", which shows that the prompt decided; and
+        "chance"; and the part that shows one object at all, "read".
     """
-    if not isinstance(data, Shapes) or isinstance(data, Relations):
-        raise UserError(
-            f"The model was trained on {type(data).__name__}; attributes can be read back from "
-            "the built-in Shapes only."
-        )
-    order = np.random.default_rng(seed)
-    unseen = data.combinations("unseen")
-    rounds = [order.permutation(len(unseen)) for _ in range(-(-number // len(unseen)))]
-    wanted = [unseen[k] for k in np.concatenate(rounds)[:number]]
-    prompts = [one.caption for one in wanted]
-    seeds = range(seed, seed + number)
-    x = torch.cat([x.cpu() for x in generator(prompts, seeds, micro_batch, progress)])
-    pictures = to_uint8(x)
     right = accuracy(pictures, wanted)
-    wrong = accuracy(pictures, [wanted[k] for k in order.permutation(number)])
+    wrong = accuracy(pictures, [wanted[k] for k in order.permutation(len(wanted))])
     names = ("colour", "shape", "size", "position", "mean", "all")
-    result = {
-        "pictures": number,
-        "seed": seed,
+    return {
         "read": right["read"],
         "accuracy": {name: right[name] for name in names},
         "shuffled": {name: wrong[name] for name in names},
         "chance": {name: right[f"chance_{name}"] for name in names},
     }
-    return result, pictures, prompts
 
 
 class CLIP(Vision):
@@ -100,8 +65,8 @@ class CLIP(Vision):
     bicubic interpolation with antialiasing, rounded to whole levels, and the centre is cut out.
 
     References:
-        | Learning Transferable Visual Models From Natural Language Supervision
-        |   (Radford et al., 2021)
+        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
+        |   2021)
         | https://arxiv.org/abs/2103.00020
 
     Arguments:
@@ -182,7 +147,7 @@ class CLIP(Vision):
         return torch.cat(parts)
 
 
-def clip_score(clip: CLIP, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+def clip_score(pictures: Tensor, prompts: Tensor) -> Tensor:
     r"""The CLIP score of each picture with its prompt, with shape (N,).
 
     .. math:: 100 \, \max\big( \cos(f(x), g(u)), 0 \big)
@@ -191,24 +156,22 @@ def clip_score(clip: CLIP, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
     words put before the prompt (there "A photo depicts", here none): compare within one protocol.
 
     References:
-        | CLIPScore: A Reference-free Evaluation Metric for Image Captioning
-        |   (Hessel et al., 2021), section 3
+        | CLIPScore: A Reference-free Evaluation Metric for Image Captioning (Hessel et al., 2021),
+        |   section 3
         | https://arxiv.org/abs/2104.08718
 
     Arguments:
-        clip: The space, f its picture half and g its text half.
-        pictures: uint8, with shape (N, 3, H, W) or (N, 1, H, W).
-        prompts: The prompt of each.
+        pictures: The embeddings f of pictures, with shape (N, d).
+        prompts: The embedding g of each one's prompt, with shape (N, d).
 
     Raises:
         ValueError: There is not one prompt for each picture.
     """
-    if len(pictures) != len(prompts):
+    if pictures.shape != prompts.shape:
         raise ValueError(
             f"{len(pictures)} pictures need a prompt each, and {len(prompts)} prompts were given."
         )
-    f, g = torch.cat([clip(some) for some in pictures.split(64)]), clip.embed(prompts)
-    return 100 * torch.cosine_similarity(f, g).clamp(min=0)
+    return 100 * torch.cosine_similarity(pictures, prompts).clamp(min=0)
 
 
 def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[float, float]:
@@ -220,8 +183,8 @@ def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[
     A tie is a miss, so a space that tells nothing apart scores 0.
 
     References:
-        | Learning Transferable Visual Models From Natural Language Supervision
-        |   (Radford et al., 2021), section 3.1, for choosing among prompts by the cosine
+        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
+        |   2021), section 3.1, for choosing among prompts by the cosine
         | https://arxiv.org/abs/2103.00020
 
     Arguments:
@@ -242,29 +205,6 @@ def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[
     cosine = normalize(pictures, dim=1) @ normalize(prompts, dim=1).T  # (N, K)
     as_near = cosine >= cosine.gather(1, own[:, None].to(cosine.device))
     return (as_near.sum(dim=1) == 1).double().mean().item(), 1 / k
-
-
-def mean_features(features: Tensor, own: Tensor, number: int) -> Tensor:
-    """The mean feature of each prompt's true pictures, with shape (K, d): where a prompt lies in
-    a space that reads pictures only.
-
-    Arguments:
-        features: The features of the true pictures, with shape (M, d).
-        own: The index of each one's prompt, with shape (M,).
-        number: The number K of prompts.
-
-    Raises:
-        ValueError: A prompt has no picture.
-    """
-    own = own.to(features.device)
-    count = torch.bincount(own, minlength=number)
-    if len(count) > number or (count == 0).any():
-        raise ValueError(
-            f"own must name each of the {number} prompts at least once and no other; it names "
-            f"{len(own.unique())} from {int(own.min())} to {int(own.max())}."
-        )
-    total = features.new_zeros(number, features.shape[1]).index_add(0, own, features)
-    return total / count[:, None]
 
 
 def distinct(prompts: Sequence[str]) -> tuple[list[str], Tensor]:

@@ -55,7 +55,8 @@ def frechet(a: Statistics, b: Statistics) -> float:
         | The Fréchet distance between multivariate normal distributions (Dowson and Landau, 1982)
         | https://doi.org/10.1016/0047-259X(82)90077-X
         | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel
-          et al., 2017), equation (6), https://arxiv.org/abs/1706.08500
+        |   et al., 2017), equation (6)
+        | https://arxiv.org/abs/1706.08500
 
     Arguments:
         a: The statistics of one set, of at least two features.
@@ -143,7 +144,8 @@ def kernel_distance(
     with its own copies, which would look like a distance.
 
     References:
-        | Demystifying MMD GANs (Bińkowski et al., 2018), section 4, https://arxiv.org/abs/1801.01401
+        | Demystifying MMD GANs (Bińkowski et al., 2018), section 4
+        | https://arxiv.org/abs/1801.01401
         | A Kernel Two-Sample Test (Gretton et al., 2012), equation (3)
         | https://jmlr.org/papers/v13/gretton12a.html
 
@@ -223,7 +225,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
 
     References:
         | Improved Precision and Recall Metric for Assessing Generative Models (Kynkäänniemi et
-          al., 2019), equations (1) and (2), https://arxiv.org/abs/1904.06991
+        |   al., 2019), equations (1) and (2)
+        | https://arxiv.org/abs/1904.06991
 
     Arguments:
         real: Features of the data, with shape :math:`(N, D)`, N more than k.
@@ -261,7 +264,8 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> DensityCove
 
     References:
         | Reliable Fidelity and Diversity Metrics for Generative Models (Naeem et al., 2020),
-          equations (5), (6) and (9), https://arxiv.org/abs/2002.09797
+        |   equations (5), (6) and (9)
+        | https://arxiv.org/abs/2002.09797
 
     Arguments:
         real: Features of the data, with shape :math:`(N, D)`, N more than k.

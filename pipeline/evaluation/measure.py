@@ -9,7 +9,6 @@ are few. Where there are fewer held-out rows, the floor is that of all of them, 
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import DataModule, Relations, Shapes
+from pipeline.codec import Pixels
+from pipeline.data import DataModule
+from pipeline.distributed import gather, in_turn, place, total
 from pipeline.errors import UserError
 from pipeline.evaluation.adherence import (
     CLIP,
@@ -36,14 +37,12 @@ from pipeline.evaluation.distances import (
 )
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.reference import reference_of
-from pipeline.evaluation.statistics import Reference, Statistics, by_class, gather
-from pipeline.generator import Generator, place
+from pipeline.evaluation.statistics import Reference, Statistics, by_class
+from pipeline.generator import Generator
 from pipeline.noise import Noise, PictureNoise
-from pipeline.png import to_uint8
 from pipeline.samplers import Likelihood, State
-from pipeline.samplers.likelihood import bits_per_dim, dequantise
 
-__all__ = ["DISTANCES", "FEWEST", "Measure", "bits_of_held_out", "held_out", "read"]
+__all__ = ["DISTANCES", "FEWEST", "Measure", "bits_of_held_out", "read"]
 
 DISTANCES = ("frechet", "kernel", "precision", "recall", "density", "coverage")
 FEWEST = 6  # pictures: density and coverage look at the fifth neighbour
@@ -77,7 +76,7 @@ class Measure:
     ) -> None:
         self.data, self.features, self.number, self.clip = data, features, number, clip
         self.reference = open_reference(data, features, number)
-        self.values, self.truth = held_out(data, number)
+        self.values, self.truth = data.held_out(number)
 
     def __call__(
         self,
@@ -95,19 +94,16 @@ class Measure:
             progress: Called with the state after each step of the sampler.
 
         Returns:
-            What :meth:`score` says and, on `Shapes`, what
+            What :meth:`score` says and, where the data can be read back, what
             :func:`pipeline.evaluation.adherence.shapes_adherence` does; the uint8 pictures
             (N, C, H, W); their prompts.
         """
-        if isinstance(self.data, Shapes) and not isinstance(self.data, Relations):
-            found, pictures, values = shapes_adherence(
-                generator, self.data, self.number, seed, micro_batch, progress
-            )
-            found = {k: v for k, v in found.items() if k not in ("pictures", "seed")}
-        else:
-            found, values, seeds = {}, self.values, range(seed, seed + self.number)
-            drawn = generator(values, seeds, micro_batch, progress)
-            pictures = torch.cat([to_uint8(x).cpu() for x in drawn])
+        order = np.random.default_rng(seed)
+        wanted = self.data.wanted(self.number, order)
+        values = self.values if wanted is None else [one.caption for one in wanted]
+        drawn = generator(values, range(seed, seed + self.number), micro_batch, progress)
+        pictures = torch.cat([rows.cpu() for rows in drawn])
+        found = {} if wanted is None else shapes_adherence(pictures, wanted, order)
         return found | self.score(pictures, values), pictures, list(map(str, values))
 
     @cached_property
@@ -147,7 +143,7 @@ class Measure:
             **precision_recall(x, y)._asdict(),
             **density_coverage(x, y)._asdict(),
         }
-        with suppress(UserError):  # a network without classes has no logits
+        if self.features.classified:
             logits = self.features.logits(of_all)
             mean, deviation = inception_score(logits, Noise("splits"), min(SPLITS, len(logits)))
             found |= {"inception_score": mean, "inception_score_deviation": deviation}
@@ -155,9 +151,9 @@ class Measure:
             found["frechet_by_class"] = each
         if self.clip is not None:
             prompts, own = distinct(list(map(str, values)))
-            found["clip_score"] = clip_score(self.clip, pictures, values).mean().item()
+            (_, f), g = read(self.clip, pictures), self.clip.embed(prompts)
+            found["clip_score"] = clip_score(f, g[own.to(g.device)]).mean().item()
             if len(prompts) > 1:
-                f, g = torch.cat(list(self.clip.read(pictures))), self.clip.embed(prompts)
                 found["retrieval"] = retrieval_accuracy(f, g, own)[0]
         return found
 
@@ -179,37 +175,8 @@ def open_reference(data: DataModule, features: Features, number: int) -> Referen
     """The reference for so many pictures. The first process makes it where there is none, and the
     others find it.
     """
-    rank, world = place()
-    if world > 1 and rank > 0:
-        torch.distributed.barrier()
     taken = min(TIMES * number, len(data.rows("train").x))
-    reference, _ = reference_of(data, "train", features, taken)
-    if world > 1 and rank == 0:
-        torch.distributed.barrier()
-    return reference
-
-
-def held_out(data: DataModule, number: int) -> tuple[list[Any], Tensor]:
-    """What to ask for, `number` values in an order drawn by a fixed seed, and the true pictures of
-    the first ones, uint8 with shape (up to number, C, H, W).
-
-    The built-in shapes are drawn anew; of other data the true pictures are distinct rows.
-    """
-    order = np.random.default_rng(0)
-    if isinstance(data, Shapes):
-        unseen = data.combinations("unseen")
-        plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
-        return [one.caption for one in plan], torch.from_numpy(data.render(plan, order))
-    x, values = data.rows("val")
-    taken = in_rounds(len(x), number, order)
-    asked = [""] * number if values is None else [values[k] for k in taken]
-    return asked, torch.from_numpy(x[taken[: len(x)]])
-
-
-def in_rounds(total: int, number: int, order: np.random.Generator) -> np.ndarray:
-    """So many of `total` in random order, each once before any twice."""
-    rounds = [order.permutation(total) for _ in range(-(-number // total))]
-    return np.concatenate(rounds)[:number]
+    return in_turn(lambda: reference_of(data, "train", features, taken)[0])
 
 
 def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:
@@ -252,7 +219,7 @@ def bits_of_held_out(
 
     Arguments:
         generator: Whose denoiser and conditioning are taken.
-        data: The data module of the model; its held-out pictures are those of :func:`held_out`.
+        data: The data module of the model, which holds the pictures out.
         number: The number K of pictures.
         likelihood: How :math:`\log p` is found.
         seed: Picture k is dequantised, and its probes are drawn, with seed `seed` + k.
@@ -260,27 +227,26 @@ def bits_of_held_out(
         progress: Called after each micro-batch.
 
     Returns:
-        What :func:`pipeline.samplers.likelihood.bits_per_dim` says of each, with shape (K,).
+        What :meth:`pipeline.codec.Pixels.bits` says of each, with shape (K,).
 
     Raises:
         UserError: The data hold out fewer pictures.
     """
-    values, truth = held_out(data, number)
+    values, truth = data.held_out(number)
     if len(truth) < number:
         raise UserError(
             f"--likelihood {number} is more than the {len(truth)} pictures that were held out of "
             "training; ask for no more than these."
         )
-    rank, world = place()
+    codec, (rank, world) = generator.codec, place()
+    assert isinstance(codec, Pixels)  # nothing else is measured
     bits = torch.zeros(number, device=generator.device)
     for start in range(rank * micro_batch, number, world * micro_batch):
         some = slice(start, min(start + micro_batch, number))
         noise = PictureNoise(range(seed + some.start, seed + some.stop))
-        x = dequantise(truth[some], noise).to(generator.device)
+        x = codec.dequantise(truth[some], noise).to(generator.device)
         log_prob = likelihood(generator.denoiser, x, generator.embed(values[some]), noise)
-        bits[some] = bits_per_dim(log_prob, x[0].numel())
+        bits[some] = codec.bits(log_prob)
         if progress is not None:
             progress()
-    if world > 1:
-        torch.distributed.all_reduce(bits)
-    return bits
+    return total(bits)

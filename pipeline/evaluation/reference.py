@@ -6,7 +6,6 @@ features have changed since.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from pipeline.data import DataModule
 from pipeline.errors import UserError
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.statistics import Reference, Statistics
+from pipeline.files import digest
 
 __all__ = ["reference_of"]
 
@@ -46,7 +46,7 @@ def reference_of(
         UserError: The data are not pictures or too few, or the file is about something else.
     """
     x = data.rows(split).x
-    if x.dtype != np.uint8 or x.ndim != 4:
+    if not data.codec.pictures:
         raise UserError(
             f"{type(data).__name__} has rows of {x.dtype} with shape {x.shape[1:]}; a reference "
             "is made of pictures."
@@ -59,8 +59,7 @@ def reference_of(
         )
     about = describe(x, split, features, number)
     if path is None:
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-        path = data.cache / "references" / f"{name}.safetensors"
+        path = data.cache / "references" / f"{digest(about)[:32]}.safetensors"
     path = Path(path)
     if path.exists():
         return Reference.load(path, about), path
@@ -71,12 +70,12 @@ def reference_of(
 
 def describe(x: np.ndarray, split: str, features: Features, number: int) -> dict[str, str]:
     """All that decides a reference."""
-    digest = hashlib.sha256(str(x.shape).encode())
+    pixels = hashlib.sha256(str(x.shape).encode())
     for start in range(0, len(x), 1024):
-        digest.update(x[start : start + 1024].tobytes())
+        pixels.update(x[start : start + 1024].tobytes())
     return {
         "version": str(VERSION),
-        "data": digest.hexdigest(),
+        "data": pixels.hexdigest(),
         "split": split,
         "pictures": f"{number} of {len(x)} pictures of {' x '.join(map(str, x.shape[1:]))}",
         "features": features.name,

@@ -52,26 +52,15 @@ def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | N
     """What each picture shows, or None.
 
     Arguments:
-        pictures: Pictures, with shape :math:`(N, 3, 32, 32)`, as uint8 or as floats in [-1, 1].
+        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
         batch: How many to read at a time.
     """
-    pixels = to_levels(pictures)
+    pixels = torch.as_tensor(pictures).cpu().numpy().astype(np.float32)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, 32, 32):
         raise ValueError(f"Pictures have shape {tuple(pixels.shape)}; expected (N, 3, 32, 32).")
     return [
         one for some in np.array_split(pixels, len(pixels) // batch + 1) for one in read_some(some)
     ]
-
-
-def to_levels(pictures: Tensor | np.ndarray) -> np.ndarray:
-    """Grey levels 0 … 255 as float32, whatever the pictures are."""
-    tensor = torch.as_tensor(pictures).detach().cpu()
-    levels = (
-        tensor.float()
-        if tensor.dtype == torch.uint8
-        else ((tensor.float() + 1) * 127.5).nan_to_num(0.0)
-    )
-    return levels.clamp(0, 255).numpy()
 
 
 def read_some(x: np.ndarray) -> list[Attributes | None]:
@@ -167,7 +156,7 @@ def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dic
     asked one wrong.
 
     Arguments:
-        pictures: Pictures, with shape :math:`(N, 3, 32, 32)`, as uint8 or as floats in [-1, 1].
+        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
         wanted: What was asked of each.
 
     Returns: `colour`, `shape`, `size`, `position`: the part right; `mean`: of these four; `all`:

@@ -12,15 +12,12 @@ what batches or on how many devices the features came.
 
 References:
     | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub and
-      LeVeque, 1979), equations (1.5)
+    |   LeVeque, 1979), equations (1.5)
     | http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
 """
 
 import json
-import os
-import uuid
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.distributed import place, total
 from pipeline.errors import UserError
-from pipeline.generator import place
+from pipeline.files import whole
 
-__all__ = ["Reference", "Statistics", "by_class", "gather"]
+__all__ = ["Reference", "Statistics", "by_class"]
 
 
 class Statistics:
@@ -94,32 +92,13 @@ class Statistics:
         whole.n, whole.mean, whole.scatter = self.n, self.mean.clone(), self.scatter.clone()
         if place()[1] == 1:
             return whole
-        sums = torch.cat([self.mean.new_tensor([self.n]), self.n * self.mean])
-        torch.distributed.all_reduce(sums)
+        sums = total(torch.cat([self.mean.new_tensor([self.n]), self.n * self.mean]))
         whole.n = int(sums[0])
         whole.mean = sums[1:] / max(whole.n, 1)
         delta = self.mean - whole.mean
         whole.scatter.addr_(delta, delta, alpha=self.n)
-        torch.distributed.all_reduce(whole.scatter)
+        total(whole.scatter)
         return whole
-
-
-def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, those of the first process first; each may have another number.
-
-    Every process has to call it, with rows of one width.
-    """
-    rank, world = place()
-    if world == 1:
-        return rows
-    counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
-    counts[rank] = len(rows)
-    torch.distributed.all_reduce(counts)
-    filled = rows.new_zeros(int(counts.max()), *rows.shape[1:])
-    filled[: len(rows)] = rows
-    parts = [torch.empty_like(filled) for _ in range(world)]
-    torch.distributed.all_gather(parts, filled)
-    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
 
 
 def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Statistics]:
@@ -161,7 +140,6 @@ class Reference(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all; `about` is its metadata."""
-        path = Path(path)
         tensors = {
             "n": torch.tensor(self.statistics.n),
             "mean": self.statistics.mean.cpu(),
@@ -169,16 +147,11 @@ class Reference(NamedTuple):
             "features": self.features.float().cpu().contiguous(),
             "rows": self.rows.cpu(),
         }
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata=self.about)
-            os.replace(part, path)
+            with whole(path) as part:
+                save_file(tensors, part, metadata=self.about)
         except (OSError, SafetensorError) as error:
             raise UserError(f"The reference cannot be written to {path}: {error}") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, about: dict[str, str]) -> "Reference":

@@ -70,8 +70,8 @@ class Moments(NamedTuple):
         M = M_a + M_b + \tfrac{n_a n_b}{n} \delta^2, \quad \delta = m_b - m_a
 
     References:
-        | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
-        |   (Chan, Golub & LeVeque, 1979)
+        | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub &
+        |   LeVeque, 1979)
         | https://doi.org/10.1007/978-3-642-51461-6_3
 
     Attributes:

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.building import Part
+from pipeline.errors import UserError
 from pipeline.mcmc.targets import NoDensity, Target
-from pipeline.noise import Noise, PictureNoise
+from pipeline.noise import Noise
 from pipeline.schedules import expand_as_batch
 
 __all__ = [
@@ -90,7 +92,7 @@ def positive(value: float, name: str) -> float:
     return value
 
 
-class Kernel(ABC):
+class Kernel(Part, ABC):
     """A step of many chains. It holds numbers only and is given the target when called.
 
     Attributes:
@@ -105,20 +107,18 @@ class Kernel(ABC):
         """The state of chains that start at x, with shape :math:`(B, *)`.
 
         Raises:
-            ValueError: The kernel needs a density and the target has none.
+            UserError: The kernel needs a density and the target has none.
         """
         try:
             return State(x, *target.log_prob_and_score(x))
         except NoDensity:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} accepts or rejects by p(x), and this target has a score "
                 "only; use ULA, or an energy head."
             ) from None
 
     @abstractmethod
-    def step(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Info]:
+    def step(self, target: Target, state: State, noise: Noise) -> tuple[State, Info]:
         """One step of every chain.
 
         Arguments:
@@ -132,7 +132,7 @@ class Kernel(ABC):
         target: Target,
         state: State,
         draws: int,
-        noise: Noise | PictureNoise,
+        noise: Noise,
         progress: Callable[[], object] | None = None,
     ) -> tuple[State, Tensor, Info]:
         """Many steps, at least 1: the last state, the points with shape (draws, B, *), and what
@@ -173,9 +173,7 @@ class ULA(Kernel):
     def init(self, target: Target, x: Tensor) -> State:
         return State(x)
 
-    def step(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Info]:
+    def step(self, target: Target, state: State, noise: Noise) -> tuple[State, Info]:
         x, mu = state.x, self.step_size
         x = torch.add(x, target.score(x), alpha=mu)
         return State(torch.add(x, noise.normal(x), alpha=(2 * mu) ** 0.5)), Info()
@@ -204,9 +202,7 @@ class HalfDenoising(Kernel):
     def init(self, target: Target, x: Tensor) -> State:
         return State(x)
 
-    def step(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Info]:
+    def step(self, target: Target, state: State, noise: Noise) -> tuple[State, Info]:
         y = state.x + self.sigma * noise.normal(state.x)
         return State(y + 0.5 * self.sigma**2 * target.score(y)), Info()
 
@@ -215,9 +211,7 @@ class MetropolisHastings(Kernel):
     """A proposal that is accepted with probability α; a member is its `propose`."""
 
     @abstractmethod
-    def propose(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Tensor, int]:
+    def propose(self, target: Target, state: State, noise: Noise) -> tuple[State, Tensor, int]:
         r"""The proposed state, :math:`\log \frac{p(y) q(x \mid y)}{p(x) q(y \mid x)}` with shape
         (B,), and the number of evaluations.
         """
@@ -226,9 +220,7 @@ class MetropolisHastings(Kernel):
         """Where the ratio is no number."""
         return log_ratio.isnan()
 
-    def step(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Info]:
+    def step(self, target: Target, state: State, noise: Noise) -> tuple[State, Info]:
         proposal, log_ratio, gradients = self.propose(target, state, noise)
         diverged = self.diverged(log_ratio)
         acceptance = log_ratio.clamp(max=0).exp().masked_fill_(diverged, 0)
@@ -242,8 +234,8 @@ class Metropolis(MetropolisHastings):
     .. math:: y = x + \mu n, \quad \alpha = \min(1, p(y) / p(x))
 
     References:
-        | Weak convergence and optimal scaling of random walk Metropolis algorithms
-        |   (Roberts, Gelman & Gilks, 1997), for the acceptance 0.234
+        | Weak convergence and optimal scaling of random walk Metropolis algorithms (Roberts,
+        |   Gelman & Gilks, 1997), for the acceptance 0.234
         | https://doi.org/10.1214/aoap/1034625254
 
     Arguments:
@@ -258,9 +250,7 @@ class Metropolis(MetropolisHastings):
     def init(self, target: Target, x: Tensor) -> State:
         return super().init(target, x)._replace(score=None)
 
-    def propose(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Tensor, int]:
+    def propose(self, target: Target, state: State, noise: Noise) -> tuple[State, Tensor, int]:
         y = state.x + self.step_size * noise.normal(state.x)
         log_prob = target.log_prob(y)
         return State(y, log_prob), log_prob - state.log_prob, 1
@@ -276,8 +266,8 @@ class MALA(MetropolisHastings):
         | Exponential convergence of Langevin distributions and their discrete approximations
         |   (Roberts & Tweedie, 1996), section 1.4
         | https://doi.org/10.2307/3318418
-        | Optimal scaling of discrete approximations to Langevin diffusions
-        |   (Roberts & Rosenthal, 1998), for the acceptance 0.574
+        | Optimal scaling of discrete approximations to Langevin diffusions (Roberts & Rosenthal,
+        |   1998), for the acceptance 0.574
         | https://doi.org/10.1111/1467-9868.00123
 
     Arguments:
@@ -289,9 +279,7 @@ class MALA(MetropolisHastings):
     def __init__(self, step_size: float = 0.01) -> None:
         self.step_size = positive(step_size, "step_size")
 
-    def propose(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Tensor, int]:
+    def propose(self, target: Target, state: State, noise: Noise) -> tuple[State, Tensor, int]:
         x, mu, n = state.x, self.step_size, noise.normal(state.x)
         y = torch.add(torch.add(x, state.score, alpha=mu), n, alpha=(2 * mu) ** 0.5)
         log_prob, score = target.log_prob_and_score(y)
@@ -335,9 +323,7 @@ class HMC(MetropolisHastings):
         """Where the energy is lost: the leapfrog is unstable there."""
         return ~(log_ratio > -LOST)
 
-    def propose(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Tensor, int]:
+    def propose(self, target: Target, state: State, noise: Noise) -> tuple[State, Tensor, int]:
         p = noise.normal(state.x)
         proposal, energy = state, state.log_prob - 0.5 * dot(p, p)
         for _ in range(self.steps):

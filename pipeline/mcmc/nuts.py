@@ -16,11 +16,11 @@ no chain waits for the longest trajectory of the others, except at the end of th
 References:
     | The No-U-Turn Sampler (Hoffman & Gelman, 2014)
     | https://arxiv.org/abs/1111.4246
-    | A Conceptual Introduction to Hamiltonian Monte Carlo
-    |   (Betancourt, 2017), appendix A: multinomial weights, biased progression, the criterion
+    | A Conceptual Introduction to Hamiltonian Monte Carlo (Betancourt, 2017), appendix A:
+    |   multinomial weights, biased progression, the criterion
     | https://arxiv.org/abs/1701.02434
-    | Composable Effects for Flexible and Accelerated Probabilistic Programming in NumPyro
-    |   (Phan, Pradhan & Jankowiak, 2019), appendix A: the iterative form
+    | Composable Effects for Flexible and Accelerated Probabilistic Programming in NumPyro (Phan,
+    |   Pradhan & Jankowiak, 2019), appendix A: the iterative form
     | https://arxiv.org/abs/1912.11554
 """
 
@@ -32,7 +32,7 @@ from torch.linalg import vecdot
 
 from pipeline.mcmc.kernels import LOST, Info, Kernel, State, dot, positive
 from pipeline.mcmc.targets import Target
-from pipeline.noise import Noise, PictureNoise
+from pipeline.noise import Noise
 
 __all__ = ["NUTS"]
 
@@ -61,9 +61,7 @@ class NUTS(Kernel):
         self.step_size, self.max_depth = positive(step_size, "step_size"), max_depth
         self.aim = aim
 
-    def step(
-        self, target: Target, state: State, noise: Noise | PictureNoise
-    ) -> tuple[State, Info]:
+    def step(self, target: Target, state: State, noise: Noise) -> tuple[State, Info]:
         state, _, info = self.draw(target, state, 1, noise)
         return state, Info(info.gradients, info.acceptance[0], info.diverged[0])
 
@@ -72,7 +70,7 @@ class NUTS(Kernel):
         target: Target,
         state: State,
         draws: int,
-        noise: Noise | PictureNoise,
+        noise: Noise,
         progress: Callable[[], object] | None = None,
     ) -> tuple[State, Tensor, Info]:
         forest = Forest(state, self.step_size, self.max_depth, draws, noise)
@@ -121,12 +119,7 @@ class Forest:
     """
 
     def __init__(
-        self,
-        state: State,
-        step_size: float,
-        max_depth: int,
-        draws: int,
-        noise: Noise | PictureNoise,
+        self, state: State, step_size: float, max_depth: int, draws: int, noise: Noise
     ) -> None:
         self.shape, self.draws, self.noise = state.x.shape, draws, noise
         x = state.x.flatten(1)

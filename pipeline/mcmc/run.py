@@ -2,19 +2,22 @@
 
 import copy
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.mcmc.adaptation import DualAveraging, Moments, windows
 from pipeline.mcmc.kernels import Kernel, State
-from pipeline.mcmc.targets import Scaled, Target
-from pipeline.noise import Noise, PictureNoise
+from pipeline.mcmc.targets import Law, Scaled, Target
+from pipeline.noise import Noise
 
-__all__ = ["Draws", "run"]
+__all__ = ["Draws", "run", "sample"]
 
 
 @dataclass
@@ -49,7 +52,7 @@ def run(
     x: Tensor,
     draws: int,
     warmup: int,
-    noise: Noise | PictureNoise,
+    noise: Noise,
     progress: Callable[[], object] | None = None,
 ) -> Draws:
     """Run chains from x, and keep what they visit after the warm-up.
@@ -68,14 +71,14 @@ def run(
         progress: Called after each step.
 
     Raises:
-        ValueError: A chain starts where the density is not finite, an unadjusted chain leaves the
+        UserError: A chain starts where the density is not finite, an unadjusted chain leaves the
             finite numbers, or the kernel needs a density and the target has none.
 
     Warns:
         UserWarning: A step of the draws diverged.
     """
     if draws < 1 or warmup < 0:
-        raise ValueError(f"draws is {draws} and warmup {warmup}; at least 1 and 0 are needed.")
+        raise UserError(f"draws is {draws} and warmup {warmup}; at least 1 and 0 are needed.")
     kernel, state = copy.copy(kernel), kernel.init(target, x)
     _check_start(state)
     scale, spent = None, 0
@@ -106,7 +109,7 @@ def _adapt(
     kernel: Kernel,
     state: State,
     warmup: int,
-    noise: Noise | PictureNoise,
+    noise: Noise,
     progress: Callable[[], object] | None,
 ) -> tuple[Target, State, Tensor | None, int]:
     """The target and the state in the units that were found, and the evaluations made; the
@@ -143,7 +146,7 @@ def _check_start(state: State) -> None:
     finite = torch.stack([part.reshape(len(part), -1).isfinite().all(dim=1) for part in known])
     wrong = (~finite.all(dim=0)).nonzero().flatten().tolist()
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"Chain {wrong[0]} starts at x = {_said(state.x[wrong[0]])}, where the density or the "
             "score is not finite; start it where they are."
         )
@@ -157,7 +160,7 @@ def _check_finite(kernel: Kernel, path: Tensor, start: Tensor, first: int) -> No
         wrong = (~path.flatten(2).isfinite().all(dim=2)).nonzero()
         step, chain = wrong[0].tolist()
         before = path[step - 1, chain] if step else start[chain]
-        raise ValueError(
+        raise UserError(
             f"{type(kernel).__name__} left the finite numbers in chain {chain} at step "
             f"{first + step}, from x = {_said(before)}; a smaller step is needed."
         )
@@ -175,3 +178,41 @@ def _warn_diverged(draws: Draws, warmup: int) -> None:
         "other coordinates.",
         stacklevel=3,
     )
+
+
+def sample(
+    target: Target,
+    kernel: Kernel,
+    dim: int | None = None,
+    chains: int = 16,
+    draws: int = 1000,
+    warmup: int = 500,
+    spread: float = 1.0,
+    seed: int = 0,
+) -> Draws:
+    """Run a kernel on a target, from points around 0.
+
+    Arguments:
+        target: The law to draw from.
+        kernel: The step of the chains.
+        dim: The number of coordinates, where the target does not say.
+        chains: The number of chains.
+        draws: The steps of each chain that are kept.
+        warmup: The steps before them, in which step size and units are found.
+        spread: The standard deviation of the points around 0 at which the chains start.
+        seed: What decides the draws.
+
+    Raises:
+        UserError: A number is too small, or dim is not that of the target; see also `run`.
+    """
+    own = target.dim if isinstance(target, Law) else dim
+    if own is None or (dim is not None and dim != own):
+        said = "does not say its number of coordinates" if own is None else f"has {own}"
+        raise UserError(f"dim is {dim}, and {type(target).__name__} {said}; correct --dim.")
+    if chains < 1:
+        raise UserError(f"chains is {chains}; at least 1 is needed.")
+    noise = Noise("sample", seed)
+    x = spread * noise.normal(torch.empty(chains, own, dtype=torch.float64))
+    interval = 0.5 if sys.stderr.isatty() else 15.0  # a log wants few lines
+    with tqdm(total=warmup + draws, desc="Sampling", unit="step", mininterval=interval) as bar:
+        return run(target, kernel, x, draws, warmup, noise, bar.update)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.building import Part
+from pipeline.condition import U
 from pipeline.noise import Noise
 
 __all__ = [
@@ -35,7 +37,7 @@ class NoDensity(ValueError):
     """A density was asked of a target that has a score only."""
 
 
-class Target(ABC):
+class Target(Part, ABC):
     """A law with a score and, where it has one, a log-density up to a constant."""
 
     @abstractmethod
@@ -233,8 +235,8 @@ class Banana(Law):
     Its mean is 0 and its variances are :math:`s^2` and :math:`1 + 2 b^2 s^4`.
 
     References:
-        | Adaptive proposal distribution for random walk Metropolis algorithm
-        |   (Haario, Saksman & Tamminen, 1999), section 4
+        | Adaptive proposal distribution for random walk Metropolis algorithm (Haario, Saksman &
+        |   Tamminen, 1999), section 4
         | https://doi.org/10.1007/s001800050022
 
     Arguments:
@@ -407,24 +409,23 @@ class GaussianMixture(Law):
         share = torch.softmax(log_joint, dim=-1) / self.stds.to(x) ** 2  # (B, K)
         return torch.einsum("bk,bkd->bd", share, offset)
 
-    def diffuse(
-        self, alpha_t: Tensor, sigma_t: Tensor, u: Tensor | None = None
-    ) -> "GaussianMixture":
+    def diffuse(self, alpha_t: Tensor, sigma_t: Tensor, u: U = None) -> "GaussianMixture":
         r"""The law of :math:`x_t` given u.
 
         Arguments:
             alpha_t: The signal scale, with shape () or (B,).
             sigma_t: The noise scale, with shape () or (B,).
-            u: The class of each example as one one-hot token, with shape (B, 1, K). A row of
-                zeros, the null condition, means the whole mixture, as does `None`.
+            u: The class of each example as one one-hot token (B, 1, K). A row of zeros, the null
+                condition, means the whole mixture, as does `None`.
         """
         alpha, sigma = alpha_t.reshape(-1, 1), sigma_t.reshape(-1, 1)  # (B or 1, 1)
         means = alpha[..., None] * self.means.to(alpha)
         stds = torch.sqrt((alpha * self.stds.to(alpha)) ** 2 + sigma**2)
         weights = self.weights.to(alpha).expand(stds.shape)
-        if u is not None:
-            null = (u[:, 0] == 0).all(dim=-1, keepdim=True)
-            weights = torch.where(null, weights, u[:, 0].to(weights))
+        if u is not None and u.tokens is not None:
+            classes = u.tokens[:, 0]
+            null = (classes == 0).all(dim=-1, keepdim=True)
+            weights = torch.where(null, weights, classes.to(weights))
             means, stds = means.expand(len(u), -1, -1), stds.expand(len(u), -1)
         return GaussianMixture(means, stds, weights)
 

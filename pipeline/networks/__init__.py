@@ -1,4 +1,3 @@
-from pipeline.networks.mlp import MLP
-from pipeline.networks.unet import UNet
-
-__all__ = ["MLP", "UNet"]
+from pipeline.networks.base import *
+from pipeline.networks.mlp import *
+from pipeline.networks.unet import *

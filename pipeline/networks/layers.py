@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.condition import U
+
 __all__ = [
     "CrossAttention",
     "LevelEmbedding",
@@ -17,12 +19,12 @@ __all__ = [
 ]
 
 
-def pool(u: Tensor) -> Tensor:
+def pool(tokens: Tensor) -> Tensor:
     """Mean over the tokens of a condition (B, L, E) that are not padding, with shape (B, E); 0
     where all are.
     """
-    count = (u != 0).any(dim=-1).sum(dim=-1, keepdim=True)  # (B, 1)
-    return u.sum(dim=1) / count.clamp(min=1)
+    count = (tokens != 0).any(dim=-1).sum(dim=-1, keepdim=True)  # (B, 1)
+    return tokens.sum(dim=1) / count.clamp(min=1)
 
 
 class LevelEmbedding(nn.Module):
@@ -49,11 +51,16 @@ class LevelEmbedding(nn.Module):
         return self.layers(torch.cat((angle.cos(), angle.sin()), dim=-1))
 
 
-def check_condition(u: Tensor | None, u_dim: int) -> None:
-    """Raise `ValueError` unless u is given exactly where a network takes one, with its width."""
-    have = 0 if u is None else u.shape[-1]
+def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
+    """Raise `ValueError` unless u is given exactly where a network takes one, with its width and
+    its number of planes.
+    """
+    have = 0 if u is None or u.tokens is None else u.tokens.shape[-1]
     if have != u_dim:
         raise ValueError(f"The network takes a condition of width {u_dim} and was given {have}.")
+    have = 0 if u is None or u.planes is None else u.planes.shape[1]
+    if have != planes:
+        raise ValueError(f"The network takes {planes} planes of u and was given {have}.")
 
 
 def zero(layer: nn.Linear | nn.Conv2d) -> None:
@@ -113,10 +120,10 @@ class CrossAttention(nn.Module):
         )  # so that a row with nothing to attend to gets exactly 0
         zero(self.out)
 
-    def forward(self, x: Tensor, u: Tensor) -> Tensor:
-        mask = (u != 0).any(dim=-1)[:, None, None, :]  # (B, 1, 1, L)
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        mask = (tokens != 0).any(dim=-1)[:, None, None, :]  # (B, 1, 1, L)
         q = _heads(self.q(self.norm(x).flatten(2).transpose(1, 2)), self.heads)
-        k, v = (_heads(z, self.heads) for z in self.kv(self.norm_u(u)).chunk(2, dim=-1))
+        k, v = (_heads(z, self.heads) for z in self.kv(self.norm_u(tokens)).chunk(2, dim=-1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
 

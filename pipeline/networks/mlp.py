@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from pipeline.condition import U
+from pipeline.networks.base import Network
 from pipeline.networks.layers import LevelEmbedding, check_condition, pool, zero
 
 __all__ = ["MLP"]
 
 
-class MLP(nn.Module):
+class MLP(Network):
     r"""A residual multilayer perceptron on the concatenation :math:`(x, u, \text{level})`.
 
     The network of the lecture's equation (6): the condition is one more part of the input.
@@ -34,18 +36,17 @@ class MLP(nn.Module):
         self.output = nn.Linear(width, x_dim)
         zero(self.output)
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         r"""The network's output, with the shape of x.
 
         Arguments:
             x: A scaled noisy vector, with shape (B, D).
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, with shape (B, L, E); its tokens are averaged. `None` where u_dim is
-                0.
+            u: The condition; its tokens are averaged. `None` where u_dim is 0.
         """
         check_condition(u, self.u_dim)
-        parts = [x, self.level(level)] if u is None else [x, pool(u), self.level(level)]
-        h = self.input(torch.cat(parts, dim=-1))  # (B, width)
+        given = [] if u is None or u.tokens is None else [pool(u.tokens)]
+        h = self.input(torch.cat([x, *given, self.level(level)], dim=-1))  # (B, width)
         for block in self.blocks:
             h = h + block(h)
         return self.output(nn.functional.silu(h))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.condition import U
+from pipeline.networks.base import Network
 from pipeline.networks.layers import (
     CrossAttention,
     LevelEmbedding,
@@ -48,12 +50,12 @@ class Stage(nn.Module):
         self.attention = SelfAttention(width) if attention else nn.Identity()
         self.cross = CrossAttention(width, u_dim) if u_dim else None
 
-    def forward(self, x: Tensor, c: Tensor, u: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, tokens: Tensor | None) -> Tensor:
         x = self.attention(self.block(x, c))
-        return x if self.cross is None or u is None else self.cross(x, u)
+        return x if self.cross is None or tokens is None else self.cross(x, tokens)
 
 
-class UNet(nn.Module):
+class UNet(Network):
     r"""A convolutional network with skips between equal resolutions, conditioned on u in one way
     or several.
 
@@ -62,14 +64,14 @@ class UNet(nn.Module):
     resolution.
 
     References:
-        | U-Net: Convolutional Networks for Biomedical Image Segmentation
-        |   (Ronneberger et al., 2015)
+        | U-Net: Convolutional Networks for Biomedical Image Segmentation (Ronneberger et al.,
+        |   2015)
         | https://arxiv.org/abs/1505.04597
-        | Diffusion Models Beat GANs on Image Synthesis
-        |   (Dhariwal & Nichol, 2021): the modulation by scale and shift
+        | Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol, 2021): the modulation
+        |   by scale and shift
         | https://arxiv.org/abs/2105.05233
-        | An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution
-        |   (Liu et al., 2018): the coordinates
+        | An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution (Liu et
+        |   al., 2018): the coordinates
         | https://arxiv.org/abs/1807.03247
 
     Arguments:
@@ -86,6 +88,8 @@ class UNet(nn.Module):
         coordinates: Whether each place is told where it is, as two more channels in [-1, 1]. A
             convolution knows a place only by its distance from the border; captions that name
             places are learned sooner with it.
+        planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
+            where u is a picture.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class UNet(nn.Module):
         modulate: bool = True,
         attend: Sequence[int] = (),
         coordinates: bool = False,
+        planes: int = 0,
     ) -> None:
         super().__init__()
         for name, stages in (("attention", attention), ("attend", attend)):
@@ -113,7 +118,8 @@ class UNet(nn.Module):
             )
         if u_dim and not (concat or modulate or attend):
             raise ValueError(f"u_dim = {u_dim} but u is not used: set concat, modulate or attend.")
-        self.patch, self.widths, self.u_dim = patch, tuple(widths), u_dim
+        self.patch, self.widths = patch, tuple(widths)
+        self.channels, self.u_dim, self.planes = channels, u_dim, planes
         dim = 4 * widths[0]
 
         def stage(k: int, width_in: int) -> Stage:
@@ -127,7 +133,7 @@ class UNet(nn.Module):
         )
         self.concat = nn.Linear(u_dim, concat) if concat else None
         self.coordinates = coordinates
-        width_in = channels * patch**2 + concat + 2 * coordinates
+        width_in = (channels + planes) * patch**2 + concat + 2 * coordinates
         self.input = nn.Conv2d(width_in, widths[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
@@ -153,40 +159,52 @@ class UNet(nn.Module):
         self.output = nn.Conv2d(width, channels * patch**2, 3, padding=1)
         zero(self.output)
 
-    def forward(self, x: Tensor, level: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         r"""The network's output, with the shape of x.
 
         Arguments:
             x: A scaled noisy picture, with shape (B, C, H, W).
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, with shape (B, L, E); `None` where u_dim is 0.
+            u: The condition, its planes of the picture's height and width; `None` where u_dim and
+                planes are 0.
         """
         self._check(x)
-        check_condition(u, self.u_dim)
+        check_condition(u, self.u_dim, self.planes)
+        tokens, planes = (None, None) if u is None else (u.tokens, u.planes)
+        if planes is not None:
+            self._check_planes(planes, x)
+            x = torch.cat((x, planes), dim=1)
         h = F.pixel_unshuffle(x, self.patch)  # (B, C·p², H/p, W/p)
         c = self.level(level)
-        if self.modulate is not None and u is not None:
-            c = c + self.modulate(pool(u))
-        if self.concat is not None and u is not None:
-            planes = self.concat(pool(u))[:, :, None, None].expand(-1, -1, *h.shape[2:])
-            h = torch.cat((h, planes), dim=1)
+        if self.modulate is not None and tokens is not None:
+            c = c + self.modulate(pool(tokens))
+        if self.concat is not None and tokens is not None:
+            same = self.concat(pool(tokens))[:, :, None, None].expand(-1, -1, *h.shape[2:])
+            h = torch.cat((h, same), dim=1)
         if self.coordinates:
             h = torch.cat((h, _places(h)), dim=1)
         c = F.silu(c)
         h, skips = self.input(h), []
         for k, stages in enumerate(self.down):
             for stage in stages:  # type: ignore[union-attr]
-                h = stage(h, c, u)
+                h = stage(h, c, tokens)
                 skips.append(h)
             if k < len(self.downsample):
                 h = self.downsample[k](h)
-        h = self.middle(h, c, u)
+        h = self.middle(h, c, tokens)
         for k, stages in enumerate(self.up):
             for stage in stages:  # type: ignore[union-attr]
-                h = stage(torch.cat((h, skips.pop()), dim=1), c, u)
+                h = stage(torch.cat((h, skips.pop()), dim=1), c, tokens)
             if k < len(self.upsample):
                 h = self.upsample[k](F.interpolate(h, scale_factor=2.0))
         return F.pixel_shuffle(self.output(F.silu(self.norm(h))), self.patch)
+
+    def _check_planes(self, planes: Tensor, x: Tensor) -> None:
+        if planes.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"The planes of u are of {planes.shape[2]}×{planes.shape[3]} and the picture of "
+                f"{x.shape[2]}×{x.shape[3]}; they must be equal."
+            )
 
     def _check(self, x: Tensor) -> None:
         fold = self.patch * 2 ** (len(self.widths) - 1)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pipeline.condition import U
 from pipeline.denoisers import Preconditioned
 from pipeline.noise import Noise
 from pipeline.schedules import expand_as_batch
@@ -18,20 +19,18 @@ class Objective(ABC):
     bands: tuple[str, ...] = ()
 
     @abstractmethod
-    def __call__(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> Tensor:
+    def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
         """The loss of each example, with shape (B,).
 
         Arguments:
             denoiser: The denoiser that is trained.
             x: Clean data, with shape :math:`(B, *)`.
-            u: The condition, with shape (B, L, E), or `None`.
+            u: The condition, or `None`.
             noise: Where the levels and the noise come from.
         """
 
     def validate(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+        self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """The loss of each example and the index of its band, each with shape (B,)."""
         loss = self(denoiser, x, u, noise)

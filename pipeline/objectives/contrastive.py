@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pipeline.condition import U
 from pipeline.denoisers import Preconditioned
 from pipeline.mcmc.targets import Law
 from pipeline.noise import Noise
@@ -23,12 +24,12 @@ from pipeline.objectives.base import Objective, clean
 __all__ = ["NCE", "ConditionalNCE"]
 
 
-def _log_prob(denoiser: Preconditioned, points: list[Tensor], u: Tensor | None) -> Tensor:
+def _log_prob(denoiser: Preconditioned, points: list[Tensor], u: U) -> Tensor:
     """log p(x | u) of several points for each example, up to the energy's constant, in one pass:
     with shape (number of points, B).
     """
     x_0, t = clean(denoiser, torch.cat(points))
-    u = None if u is None else u.repeat(len(points), 1, 1)
+    u = None if u is None else u.repeat(len(points))
     log_alpha = torch.log(denoiser.schedule(t)[0])
     return (denoiser.log_prob(x_0, t, u) + x_0[0].numel() * log_alpha).unflatten(
         0, (len(points), -1)
@@ -65,9 +66,7 @@ class NCE(Objective):
             raise ValueError(f"draws = {draws} must be at least 1.")
         self.contrast, self.draws = contrast, draws
 
-    def __call__(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> Tensor:
+    def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
         if getattr(denoiser, "normaliser", None) is None:
             raise ValueError(
                 "NCE learns a density with its constant: set model.denoiser to "
@@ -92,8 +91,7 @@ class ConditionalNCE(Objective):
     matching.
 
     References:
-        | Conditional Noise-Contrastive Estimation of Unnormalised Models
-        |   (Ceylan & Gutmann, 2018)
+        | Conditional Noise-Contrastive Estimation of Unnormalised Models (Ceylan & Gutmann, 2018)
         | https://arxiv.org/abs/1806.03664
 
     Arguments:
@@ -106,9 +104,7 @@ class ConditionalNCE(Objective):
             raise ValueError(f"sigma = {sigma} must be positive and draws = {draws} at least 1.")
         self.sigma, self.draws = sigma, draws
 
-    def __call__(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> Tensor:
+    def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
         noisy = [x + self.sigma * noise.normal(x) for _ in range(self.draws)]
         log_p = _log_prob(denoiser, [x, *noisy], u)
         return 2 * softplus(log_p[1:] - log_p[0]).mean(dim=0)

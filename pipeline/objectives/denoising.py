@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.condition import U
 from pipeline.denoisers import Preconditioned
 from pipeline.noise import Noise
 from pipeline.objectives.base import Objective
@@ -49,11 +50,11 @@ class LogNormal(Levels):
     / (\alpha + \sigma)` is the level.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models
-        |   (Karras et al., 2022), table 1
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+        |   table 1
         | https://arxiv.org/abs/2206.00364
-        | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis
-        |   (Esser et al., 2024), section 3.1
+        | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
+        |   2024), section 3.1
         | https://arxiv.org/abs/2403.03206
 
     Arguments:
@@ -102,9 +103,7 @@ class OneLevelDSM(Objective):
             raise ValueError(f"sigma = {sigma} must be positive: it is a noise ratio.")
         self.sigma = sigma
 
-    def __call__(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> Tensor:
+    def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
         alpha_t, sigma_t = denoiser.schedule(t := self.time(denoiser.schedule).to(x))
         x_t = alpha_t * x + sigma_t * noise.normal(x)
         return (denoiser(x_t, t, u) - x).square().flatten(1).sum(dim=1)
@@ -133,8 +132,8 @@ class DSM(Objective):
     The weight w is the denoiser's own, which puts the error in units of the network's output.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models
-        |   (Karras et al., 2022), equation (8)
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+        |   equation (8)
         | https://arxiv.org/abs/2206.00364
 
     Arguments:
@@ -149,22 +148,18 @@ class DSM(Objective):
         self.levels = levels
         self.bands = tuple(f"band_{k}" for k in range(bands))
 
-    def __call__(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> Tensor:
+    def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
         q = noise.spread(len(x)).to(x.device, x.dtype)
         return self._loss(denoiser, x, u, self.levels.times(denoiser.schedule, q), noise)
 
     def validate(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
+        self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         q = noise.spread(len(x)).to(x.device, x.dtype)
         t = self.levels.times(denoiser.schedule, q)
         return self._loss(denoiser, x, u, t, noise), self._band(denoiser.schedule, t)
 
-    def _loss(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, t: Tensor, noise: Noise
-    ) -> Tensor:
+    def _loss(self, denoiser: Preconditioned, x: Tensor, u: U, t: Tensor, noise: Noise) -> Tensor:
         alpha_t, sigma_t = (expand_as_batch(s, x) for s in denoiser.schedule(t))
         x_t = alpha_t * x + sigma_t * noise.normal(x)
         error = denoiser(x_t, t, u) - x

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.condition import U
 from pipeline.denoisers import Preconditioned, check_twice_differentiable
 from pipeline.noise import Noise
 from pipeline.objectives.base import Objective, clean
@@ -37,14 +38,12 @@ class ScoreMatching(Objective):
     The trace costs d backward passes.
 
     References:
-        | Estimation of Non-Normalized Statistical Models by Score Matching
-        |   (Hyvärinen, 2005), theorem 1
+        | Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
+        |   theorem 1
         | https://jmlr.org/papers/v6/hyvarinen05a.html
     """
 
-    def __call__(
-        self, denoiser: Preconditioned, x: Tensor, u: Tensor | None, noise: Noise
-    ) -> Tensor:
+    def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
         check_twice_differentiable(denoiser.network)
         record = torch.is_grad_enabled()
         # the kernel of attention that has second derivatives
@@ -83,8 +82,8 @@ class SlicedScoreMatching(ScoreMatching):
     The first term stands for :math:`(v^\top \phi)^2 / 2`: the variance-reduced form.
 
     References:
-        | Sliced Score Matching: A Scalable Approach to Density and Score Estimation
-        |   (Song et al., 2019)
+        | Sliced Score Matching: A Scalable Approach to Density and Score Estimation (Song et al.,
+        |   2019)
         | https://arxiv.org/abs/1905.07088
     """
 

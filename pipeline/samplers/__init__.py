@@ -1,16 +1,4 @@
-from pipeline.samplers.base import Sampler, State
-from pipeline.samplers.diffusion import DDIM, DPMSolver, Heun
-from pipeline.samplers.langevin import AnnealedLangevin, Langevin, PredictorCorrector
-from pipeline.samplers.likelihood import Likelihood
-
-__all__ = [
-    "DDIM",
-    "AnnealedLangevin",
-    "DPMSolver",
-    "Heun",
-    "Langevin",
-    "Likelihood",
-    "PredictorCorrector",
-    "Sampler",
-    "State",
-]
+from pipeline.samplers.base import *
+from pipeline.samplers.diffusion import *
+from pipeline.samplers.langevin import *
+from pipeline.samplers.likelihood import *

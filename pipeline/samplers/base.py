@@ -5,8 +5,8 @@ probability-flow equation is the same under every schedule, :math:`dy / ds = (y 
 are placed in s and a sampler does not depend on the schedule a model was trained with.
 
 References:
-    | Elucidating the Design Space of Diffusion-Based Generative Models
-    |   (Karras et al., 2022), equations (4), (5)
+    | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+    |   equations (4), (5)
     | https://arxiv.org/abs/2206.00364
 """
 
@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.building import Part
+from pipeline.condition import U
 from pipeline.denoisers import Denoiser
-from pipeline.noise import Noise, PictureNoise
+from pipeline.noise import Noise
 from pipeline.schedules import Schedule, expand_as_batch
 
 __all__ = ["Sampler", "State"]
@@ -39,7 +41,7 @@ class State(NamedTuple):
     acceptance: Tensor | None = None
 
 
-class Sampler(ABC):
+class Sampler(Part, ABC):
     r"""A way from noise :math:`x_1` to data :math:`x_0` over a denoiser.
 
     The times are placed so that the ratios :math:`r_i` run from the schedule's last to its first
@@ -69,13 +71,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         r"""One step from time t to the next time s.
 
@@ -84,7 +80,7 @@ class Sampler(ABC):
             state: The state at time t.
             t: The time, with shape ().
             s: The next time, with shape (), s < t.
-            u: The condition, with shape (B, L, E), or `None`.
+            u: The condition, or `None`.
             noise: Where the noise comes from.
         """
 
@@ -98,33 +94,19 @@ class Sampler(ABC):
             t[-1] = 0.0
         return t
 
-    def init(
-        self,
-        denoiser: Denoiser,
-        like: Tensor,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> State:
+    def init(self, denoiser: Denoiser, like: Tensor, t: Tensor, u: U, noise: Noise) -> State:
         r"""The state before the first step: noise, :math:`x_t = \sigma_t n`.
 
         Arguments:
             denoiser: The denoiser.
             like: A tensor with the shape, type and device of what is drawn.
             t: The first time, with shape ().
-            u: The condition, with shape (B, L, E), or `None`.
+            u: The condition, or `None`.
             noise: Where the noise comes from.
         """
         return State(expand_as_batch(denoiser.schedule(t)[1], like) * noise.normal(like))
 
-    def last(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> State:
+    def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         """The step that ends at the last time t, whose x is the drawn :math:`x_0`: the mean D."""
         return State(denoiser(state.x, t, u))
 
@@ -133,8 +115,8 @@ class Sampler(ABC):
         self,
         denoiser: Denoiser,
         like: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        u: U,
+        noise: Noise,
         progress: Callable[[State], object] | None = None,
     ) -> Tensor:
         r"""Draw from the law that a denoiser describes.
@@ -143,7 +125,7 @@ class Sampler(ABC):
             denoiser: The denoiser, guided or not.
             like: A tensor with the shape :math:`(B, *)`, type and device of what is drawn; its
                 values are not read.
-            u: The condition, with shape (B, L, E), or `None`.
+            u: The condition, or `None`.
             noise: Where the noise comes from.
             progress: Called with the state after each of the N steps.
 

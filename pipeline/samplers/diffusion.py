@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from pipeline.condition import U
 from pipeline.denoisers import Denoiser
-from pipeline.noise import Noise, PictureNoise
+from pipeline.noise import Noise
 from pipeline.samplers.base import Sampler, State
 
 __all__ = ["DDIM", "DPMSolver", "Heun"]
@@ -44,13 +45,7 @@ class DDIM(Sampler):
         return self.steps
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
         x_t = state.x
@@ -75,8 +70,8 @@ class Heun(Sampler):
         y_s = y_t + \tfrac{r_s - r_t}{2} \big( f(y_t, r_t) + f(\tilde y, r_s) \big)
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models
-        |   (Karras et al., 2022), algorithm 1
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+        |   algorithm 1
         | https://arxiv.org/abs/2206.00364
 
     Arguments:
@@ -92,13 +87,7 @@ class Heun(Sampler):
         return 2 * self.steps - 1
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
         r_t, r_s = sigma_t / alpha_t, sigma_s / alpha_s
@@ -124,8 +113,8 @@ class DPMSolver(Sampler):
     where :math:`t' > t` is the time before. The first step has none, and is DDIM's.
 
     References:
-        | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models
-        |   (Lu et al., 2022), algorithm 2
+        | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et
+        |   al., 2022), algorithm 2
         | https://arxiv.org/abs/2211.01095
 
     Arguments:
@@ -141,13 +130,7 @@ class DPMSolver(Sampler):
         return self.steps
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
         shrink = sigma_s * alpha_t / (sigma_t * alpha_s)

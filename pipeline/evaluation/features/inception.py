@@ -20,6 +20,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, relu
 
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import Features, freeze, read_weights
+from pipeline.files import cache_folder
 
 __all__ = ["Inception"]
 
@@ -39,9 +40,10 @@ class Inception(Features):
 
     References:
         | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel
-          et al., 2017), https://arxiv.org/abs/1706.08500
-        | Rethinking the Inception Architecture for Computer Vision (Szegedy et al., 2015),
-          https://arxiv.org/abs/1512.00567
+        |   et al., 2017)
+        | https://arxiv.org/abs/1706.08500
+        | Rethinking the Inception Architecture for Computer Vision (Szegedy et al., 2015)
+        | https://arxiv.org/abs/1512.00567
         | https://github.com/mseitzer/pytorch-fid
 
     Arguments:
@@ -58,13 +60,10 @@ class Inception(Features):
         f"uint8, / 127.5 - 1, bilinear without antialiasing to {SIDE} x {SIDE} (pytorch-fid)"
     )
     weights = SHA256  # no others are read
+    classified = True
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
-
-    @property
-    def frechet(self) -> str:
-        return "FID"
 
     @cached_property
     def network(self) -> "InceptionV3":
@@ -90,9 +89,7 @@ def find(path: str | None) -> Path:
         if not file.is_file():
             raise UserError(f"features.path {path!r} is no file; give {FILE} from {URL}.")
         return file
-    from pipeline.data.base import default_cache
-
-    ours = default_cache() / "weights" / FILE
+    ours = cache_folder() / "weights" / FILE
     for file in (ours, Path(torch.hub.get_dir()) / "checkpoints" / FILE):
         if file.is_file():
             return file

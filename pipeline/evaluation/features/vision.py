@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.evaluation.features.base import Features, freeze, resize, sha256
+from pipeline.evaluation.features.base import Features, freeze, resize
+from pipeline.files import model_folder, sha256
 
 __all__ = ["Vision"]
 
@@ -34,9 +35,10 @@ class Vision(Features):
 
     References:
         | Exposing flaws of generative model evaluation metrics and their unfair treatment of
-          diffusion models (Stein et al., 2023), https://arxiv.org/abs/2306.04675
-        | DINOv2: Learning Robust Visual Features without Supervision (Oquab et al., 2023),
-          https://arxiv.org/abs/2304.07193
+        |   diffusion models (Stein et al., 2023)
+        | https://arxiv.org/abs/2306.04675
+        | DINOv2: Learning Robust Visual Features without Supervision (Oquab et al., 2023)
+        | https://arxiv.org/abs/2304.07193
 
     Arguments:
         model: A local folder (config.json, preprocessor_config.json, model.safetensors), or a
@@ -52,19 +54,8 @@ class Vision(Features):
     @cached_property
     def folder(self) -> Path:
         """Where the files of the model lie."""
-        folder = Path(self.model).expanduser()
-        if not folder.is_dir():
-            if folder.is_absolute() or self.model.startswith((".", "~")):
-                raise UserError(
-                    f"features.model {self.model!r} is not a folder; give one with config.json, "
-                    "preprocessor_config.json and model.safetensors, or a hub name."
-                )
-            folder = from_hub(self.model)
-        lacks = [name for name in ("config.json",) if not (folder / name).is_file()]
-        lacks += [] if any(folder.glob("*.safetensors")) else ["model.safetensors"]
-        if lacks:
-            raise UserError(f"The model in {folder} lacks {' and '.join(lacks)}.")
-        return folder
+        example = "a folder with config.json, preprocessor_config.json and model.safetensors"
+        return model_folder(self.model, [*FILES, *WEIGHTS], lacks, "features.model", example)
 
     @cached_property
     def dim(self) -> int:
@@ -82,7 +73,7 @@ class Vision(Features):
     @property
     def weights(self) -> str:
         files = sorted({*self.folder.glob("*.safetensors"), self.folder / "config.json"})
-        return sha256(tuple(files))
+        return sha256(*files)
 
     @cached_property
     def processor(self) -> dict[str, Any]:
@@ -158,23 +149,7 @@ class Summary(nn.Module):
         return hidden[:, 0] if hidden.ndim == 3 else hidden.mean((2, 3))
 
 
-def from_hub(name: str) -> Path:
-    """The folder of a model on the hub, from the local cache where it is there."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    patterns = [*FILES, *WEIGHTS]
-    try:
-        cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if any(cached.glob("*.safetensors")):
-            return cached
-    except Exception:  # not cached, or in part: whatever the reason, it has to be fetched
-        pass
-    try:
-        HfApi().model_info(name, timeout=10)  # the download itself can wait forever
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # HTTP, connection, offline mode, name: each has its own family
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-        raise UserError(
-            f"features.model {name!r} was not found: a local folder, or a Hugging Face hub name "
-            f"that is cached or can be reached, was expected ({reason})."
-        ) from error
+def lacks(folder: Path) -> list[str]:
+    """What a folder lacks to be a model."""
+    wanted = {"config.json": "config.json", "model.safetensors": "*.safetensors"}
+    return [name for name, pattern in wanted.items() if not any(folder.glob(pattern))]

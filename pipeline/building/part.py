@@ -1,0 +1,57 @@
+"""Objects → plain data: a `Part` knows the arguments it was made with."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+
+__all__ = ["Part", "brief", "describe"]
+
+
+class Part:
+    """What a node can name and a checkpoint describe: it remembers its arguments."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", (args, kwargs))
+        return self
+
+
+def describe(value: Any) -> Any:
+    """Plain data from which `pipeline.building.build` makes an equal value.
+
+    Raises:
+        UserError: It is, or was made with, something that is neither plain data nor a `Part`.
+    """
+    if isinstance(value, Part):
+        if hasattr(value, "_source"):  # it was opened from a file
+            return value._source  # type: ignore[attr-defined]
+        args, kwargs = value._given  # type: ignore[attr-defined]
+        bound = inspect.signature(type(value)).bind(*args, **kwargs)
+        bound.apply_defaults()
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"class_path": path, "init_args": describe(bound.arguments)}
+    if isinstance(value, Mapping):
+        return {str(key): describe(v) for key, v in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [describe(v) for v in value]
+    if hasattr(value, "tolist"):  # a tensor, an array
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(
+        f"{value!r} cannot be described in a checkpoint: it is no pipeline.building.Part. Derive "
+        "its class from that of its family, such as pipeline.networks.Network."
+    )
+
+
+def brief(value: Any) -> Any:
+    """A description for people: the class of each part by its name, its arguments beside it."""
+    node = value if isinstance(value, dict | list) else describe(value)
+    if isinstance(node, list):
+        return [brief(one) for one in node]
+    if isinstance(node, dict) and "class_path" in node:
+        given = {name: brief(one) for name, one in node["init_args"].items()}
+        return {"class": node["class_path"].rpartition(".")[2], **given}
+    return node

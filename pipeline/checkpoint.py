@@ -1,0 +1,263 @@
+"""What a model says of itself: written once, read once.
+
+A checkpoint is the dictionary that Lightning saves, or a smaller one of the same form:
+
+- "pipeline": how to build denoiser, codec, conditioning, sampler, guidance and data again, as
+  nodes of `pipeline.building`; the fingerprint of the conditioning; prompts to draw when none are
+  given; the version of all this;
+- "state_dict": the trained weights, each name with "denoiser." before it;
+- "averages": averages of them, by name.
+
+It is read without executing anything in it, and may name members of the families above only.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.building import build, describe
+from pipeline.codec import Codec, Columns, Pixels
+from pipeline.conditioning import Conditioning
+from pipeline.denoisers import Denoiser
+from pipeline.errors import UserError
+from pipeline.files import sha256, whole
+from pipeline.guidance import Guidance
+from pipeline.samplers import Sampler
+
+__all__ = ["Checkpoint", "about", "averages", "locate", "write"]
+
+VERSION = 1  # of what stands under "pipeline"
+PREFIX = "denoiser."  # of the names of weights, in a LightningModule that has a denoiser
+KEYS = ("denoiser", "codec", "conditioning", "fingerprint", "sampler", "guidance", "data")
+
+T = TypeVar("T")
+
+
+def about(
+    denoiser: Denoiser,
+    codec: Codec,
+    conditioning: Conditioning | None,
+    sampler: Sampler,
+    guidance: Guidance | None = None,
+    data: Any = None,
+    prompts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What a model says of itself, plain data all of it.
+
+    Arguments:
+        denoiser: The denoiser.
+        codec: What makes rows of x.
+        conditioning: What makes u of prompts; `None` for an unconditional model.
+        sampler: How to draw where nothing else is said.
+        guidance: How to guide, likewise.
+        data: The data module it was trained on, where there is one.
+        prompts: What to draw where nothing else is said.
+
+    Raises:
+        UserError: A part cannot be described; see `pipeline.building.describe`.
+    """
+    node = describe(data)
+    if node is not None and "conditioning" in node["init_args"]:
+        node["init_args"]["conditioning"] = None  # it is said once
+    return {
+        "version": VERSION,
+        "denoiser": describe(denoiser),
+        "codec": describe(codec),
+        "conditioning": describe(conditioning),
+        "fingerprint": conditioning.fingerprint() if conditioning else None,
+        "sampler": describe(sampler),
+        "guidance": describe(guidance),
+        "data": node,
+        "prompts": list(map(str, prompts)),
+    }
+
+
+def write(
+    path: str | Path,
+    denoiser: Denoiser,
+    codec: Codec,
+    conditioning: Conditioning | None,
+    sampler: Sampler,
+    guidance: Guidance | None = None,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write a model that was trained from Python, to be drawn from like any other.
+
+    Arguments:
+        path: The file.
+        denoiser: See `about`, as the next four.
+        codec:
+        conditioning:
+        sampler:
+        guidance:
+        averages: Averages of the denoiser's weights, by name; the first is what is drawn with.
+
+    Raises:
+        UserError: A part cannot be described.
+    """
+    said = about(denoiser, codec, conditioning, sampler, guidance)
+    kept = {"trained": denoiser.state_dict(), **(averages or {})}
+    named = {
+        name: {f"{PREFIX}{key}": w.detach().cpu() for key, w in weights.items()}
+        for name, weights in kept.items()
+    }
+    content = {"pipeline": said, "state_dict": named.pop("trained"), "averages": named}
+    with whole(path) as part:
+        torch.save(content, part)
+
+
+class Checkpoint:
+    """A checkpoint that was opened.
+
+    Arguments:
+        path: A file, or the folder of a run, whose `last.ckpt` is taken.
+        trust: Packages beside our own whose classes it may name.
+
+    Attributes:
+        about: What the model says of itself.
+
+    Raises:
+        UserError: There is no such file, it is damaged, it was not written by this package, or by
+            a later version of it.
+    """
+
+    def __init__(self, path: str | Path, trust: Sequence[str] = ()) -> None:
+        self.path, self.trust = locate(path), trust
+        self.content = load(self.path)
+        self.about = upgraded(self.path, self.content)
+        if lacks := [key for key in KEYS if key not in self.about]:
+            raise UserError(f"{self.path} does not say its {lacks[0]}; it may be damaged.")
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+    @property
+    def prompts(self) -> list[str]:
+        """What to draw where nothing else is said."""
+        return self.about.get("prompts", [])
+
+    def part(self, name: str, kind: type[T]) -> T:
+        """A part of the model, built."""
+        try:
+            return build(self.about[name], kind, self.trust)
+        except UserError as error:
+            raise UserError(f"The checkpoint {self.path} cannot be built: {error}") from error
+
+    def optional(self, name: str, kind: type[T]) -> T | None:
+        return None if self.about[name] is None else self.part(name, kind)
+
+    def conditioning(self) -> Conditioning | None:
+        """What makes u, if it still is what the model was trained with."""
+        found = self.optional("conditioning", Conditioning)
+        if found is not None and found.fingerprint() != self.about["fingerprint"]:
+            raise UserError(
+                f"{self.path} was trained with another {type(found).__name__} than is here now: "
+                f"put back what {self.about['conditioning'].get('init_args')} named then."
+            )
+        return found
+
+    def denoiser(self, average: str | None = None) -> Denoiser:
+        """The denoiser with its weights, in evaluation mode, on the CPU.
+
+        Arguments:
+            average: The name of an average of the weights, or "trained"; the first average, where
+                there is one, by default.
+        """
+        denoiser = self.part("denoiser", Denoiser)
+        weights = self.weights(average)
+        try:
+            denoiser.load_state_dict({k.removeprefix(PREFIX): w for k, w in weights.items()})
+        except (RuntimeError, TypeError, AttributeError) as error:
+            lines = str(error).strip().splitlines()
+            reason = lines[min(1, len(lines) - 1)].strip()
+            raise UserError(f"The weights in {self.path} do not fit its network: {reason}") from (
+                error
+            )
+        return denoiser.eval().requires_grad_(False)
+
+    def weights(self, average: str | None = None) -> dict[str, Tensor]:
+        trained, kept = self.content["state_dict"], averages(self.content)
+        name = average or next(iter(kept), "trained")
+        if name != "trained" and name not in kept:
+            raise UserError(
+                f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}."
+            )
+        return trained | kept.get(name, {})
+
+    def data(self, kind: type[T]) -> T:
+        """The data module it was trained on."""
+        node, conditioning = self.about["data"], self.conditioning()
+        if node is None:
+            raise UserError(f"{self.path} was trained from Python and does not say its data.")
+        given = node.get("init_args") or {}
+        if "conditioning" in given:
+            given = {**given, "conditioning": conditioning}
+        return build({**node, "init_args": given}, kind, self.trust)
+
+
+def averages(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The averages of the weights in a checkpoint, by name."""
+    old = {"ema": content["ema"]} if content.get("ema") else {}  # before version 1
+    return old | content.get("averages", {})
+
+
+def locate(path: str | Path | None) -> Path:
+    """The file of a checkpoint: itself, the `last.ckpt` in a run's folder, or the newest run's."""
+    if path is not None:
+        return Path(path) / "last.ckpt" if Path(path).is_dir() else Path(path)
+    found = sorted(Path("runs").glob("*/*/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(
+            "There is no trained model in runs/: `make train` makes one, or give --checkpoint."
+        )
+    return found[-1]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The dictionary in a file, read without executing anything in it."""
+    if not path.is_file():
+        raise UserError(
+            f"There is no checkpoint {path}; `make train` makes one in runs/, or name another."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint; it may be cut short or another kind of file."
+        ) from error
+    said = content.get("pipeline") if isinstance(content, dict) else None
+    if not isinstance(said, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(
+            f"{path} does not say how to build its model, so it was not written by `python -m "
+            "pipeline fit`; write it with pipeline.checkpoint.write, or build a Generator from "
+            "your own denoiser."
+        )
+    return content
+
+
+def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says, as this version says it."""
+    said = content["pipeline"]
+    version = said.get("version", 0)
+    if version == 0 and isinstance(said.get("shape"), list):
+        # the shape alone told pictures from vectors
+        codec = Pixels(*said["shape"]) if len(said["shape"]) == 3 else Columns(*said["shape"])
+        return {**said, "version": VERSION, "codec": describe(codec)}
+    if version != VERSION:
+        raise UserError(
+            f"{path} is of version {version!r} and this program reads versions up to {VERSION}; "
+            "use the program that wrote it."
+        )
+    return said

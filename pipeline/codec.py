@@ -1,0 +1,168 @@
+r"""What stands between the rows that a person has, x, and what a person gets back.
+
+A row is what the data hold: a picture of bytes, a line of numbers. A model is trained on x, which
+is about in [-1, 1] whatever the rows are, and what it draws is made into rows again. Nobody else
+knows how: the data module owns the codec, the checkpoint carries it, and the generator decodes.
+"""
+
+import csv
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline import png
+from pipeline.building import Part
+from pipeline.noise import Noise
+
+__all__ = ["Codec", "Columns", "Pixels"]
+
+
+class Codec(Part, ABC):
+    """Rows → x → rows.
+
+    Attributes:
+        shape: The shape of one x.
+        plural: What rows are called.
+        sizes: The arguments of a network that the shape decides.
+        pictures: Whether a row is a uint8 picture (C, H, W), which can be seen and measured.
+    """
+
+    shape: tuple[int, ...]
+    plural: str
+    sizes: dict[str, int]
+    pictures = False
+
+    @abstractmethod
+    def encode(self, rows: Tensor) -> Tensor:
+        """x, float32 with shape (B, \\*shape), of rows, on their device."""
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """The rows of x."""
+
+    @abstractmethod
+    def write(
+        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
+    ) -> None:
+        """Write drawn rows into a folder.
+
+        Arguments:
+            rows: The rows.
+            first: How many rows were written before.
+            folder: The folder.
+            about: Of each row, before and now: its prompt and its seed. Where a row has a file of
+                its own, "file" is added.
+            settings: How all rows were drawn.
+        """
+
+    def sheet(self, rows: Tensor, captions: Sequence[str], columns: int) -> Image.Image | None:
+        """All rows at one look, or `None` where there is nothing to see."""
+        return None
+
+
+class Pixels(Codec):
+    r"""Pictures of bytes.
+
+    .. math:: x = k / 127.5 - 1, \quad k \in \{0, …, 255\}
+
+    Back to the nearest; values outside are clipped.
+
+    Arguments:
+        channels: 3 for colour, 1 for grey.
+        height: The height in pixels.
+        width: The width in pixels.
+    """
+
+    plural = "pictures"
+    pictures = True
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; it must be 3 (colour) or 1 (grey).")
+        self.shape = (channels, height, width)
+        self.sizes = {"channels": channels}
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return rows.float() / 127.5 - 1
+
+    def decode(self, x: Tensor) -> Tensor:
+        return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def write(
+        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
+    ) -> None:
+        """One PNG for each picture, with how it was made in its text fields."""
+        for i, picture in enumerate(rows, start=first):
+            text = {"Title": about[i]["prompt"], "Settings": json.dumps(about[i] | settings)}
+            png.save(picture, folder / f"{i:05d}.png", text)
+            about[i]["file"] = f"{i:05d}.png"
+
+    def sheet(self, rows: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
+        return png.contact_sheet(rows, captions, columns)
+
+    def dequantise(self, rows: Tensor, noise: Noise) -> Tensor:
+        r"""x drawn uniformly from the cell of each value k.
+
+        .. math:: x = \frac{k + v}{127.5} - 1, \quad v \sim U(-\tfrac{1}{2}, \tfrac{1}{2})
+
+        Arguments:
+            rows: uint8, with shape (B, C, H, W).
+            noise: Where v comes from.
+        """
+        k = rows.float()
+        return (k + torch.special.ndtr(noise.normal(k)) - 0.5) / 127.5 - 1
+
+    def bits(self, log_prob: Tensor) -> Tensor:
+        r"""The log-likelihood of x as bits for each value k, with shape (B,).
+
+        .. math:: - \frac{\log p(x \mid u)}{d \log 2} + \log_2 127.5, \quad d = C H W
+
+        On average no less than the bits that a code for the pictures needs, if x is one of theirs
+        after `dequantise`. Of x itself it is a density's value and no bound: a law may be narrow
+        about the 256 values.
+
+        References:
+            | A note on the evaluation of generative models (Theis et al., 2016), section 3.1
+            | https://arxiv.org/abs/1511.01844
+
+        Arguments:
+            log_prob: The log-likelihood in nats, with shape (B,).
+        """
+        return math.log2(127.5) - log_prob / (math.prod(self.shape) * math.log(2))
+
+
+class Columns(Codec):
+    """Lines of numbers, as they are: they are to be of about unit size.
+
+    Arguments:
+        dim: The number of columns.
+    """
+
+    plural = "vectors"
+
+    def __init__(self, dim: int) -> None:
+        self.shape, self.sizes = (dim,), {"x_dim": dim}
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return rows.float()
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def write(
+        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
+    ) -> None:
+        """One line of `samples.csv` for each row: its prompt, its seed, its numbers."""
+        with (folder / "samples.csv").open("a", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file)
+            if not first:
+                lines.writerow(["prompt", "seed", *(f"x_{k}" for k in range(rows.shape[1]))])
+            for one, row in zip(about[first:], rows.tolist(), strict=False):
+                lines.writerow([one["prompt"], one["seed"], *row])

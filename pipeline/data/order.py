@@ -1,0 +1,110 @@
+r"""The order of rows, the same on every machine.
+
+The training stream is the endless concatenation of permutations: row j of the stream is place
+:math:`j \bmod N` of permutation :math:`\pi(\text{seed}, \lfloor j / N \rfloor)`, and global
+batch b is rows :math:`[bG, (b + 1)G)` of the stream. Rank r of W takes the r-th of W equal parts
+of it. Nothing is dropped, N < G is no special case, and the order is a function of (seed, batches
+seen): a resumed run needs no loader state, and W devices see what one would.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+__all__ = ["Draw", "Order", "Pass", "in_rounds"]
+
+
+class Draw(NamedTuple):
+    """One rank's share of a global batch: which rows, which of them mirrored, what each weighs."""
+
+    rows: np.ndarray
+    flip: np.ndarray
+    weight: np.ndarray
+
+
+class Order(Sampler[Draw]):
+    """The training order from batch number `start()` on, without end.
+
+    A row's flip comes from the generator of its permutation, so it too is a function of (seed,
+    batches seen, place).
+
+    Arguments:
+        rows: The number N of rows.
+        batch_size: The size G of a global batch.
+        seed: What decides the permutations.
+        start: Tells how many batches were seen; asked when the first batch is wanted.
+        rank: Which share of each global batch to take.
+        world: The number of shares.
+        flip: Whether half of the rows are mirrored.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int = 0,
+        start: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world: int = 1,
+        flip: bool = False,
+    ) -> None:
+        self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
+        self.rank, self.share, self.flip = rank, batch_size // world, flip
+        self._epoch = -1
+
+    def __len__(self) -> int:
+        """How many batches Lightning calls an epoch."""
+        return max(1, self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        yield from map(self.draw, itertools.count(self.start()))
+
+    def draw(self, batch: int) -> Draw:
+        first = batch * self.batch_size + self.rank * self.share
+        epochs, places = np.divmod(np.arange(first, first + self.share), self.rows)
+        rows, flip = np.empty_like(places), np.zeros(self.share, bool)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            permutation, mirrored = self.permutation(int(epoch))
+            rows[here], flip[here] = permutation[places[here]], mirrored[places[here]]
+        return Draw(rows, flip & self.flip, np.ones(self.share, np.float32))
+
+    def permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._now = generator.permutation(self.rows), generator.random(self.rows) < 0.5
+            self._epoch = epoch
+        return self._now
+
+
+class Pass(Sampler[Draw]):
+    """One pass in fixed order; the last global batch wraps around, with weight 0, so every rank
+    makes equal calls.
+    """
+
+    def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.rows, self.batch_size, self.rank, self.share = (
+            rows,
+            batch_size,
+            rank,
+            batch_size // world,
+        )
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        for batch in range(len(self)):
+            first = batch * self.batch_size + self.rank * self.share
+            places = np.arange(first, first + self.share)
+            weight = (places < self.rows).astype(np.float32)
+            yield Draw(places % self.rows, np.zeros(self.share, bool), weight)
+
+
+def in_rounds(total: int, number: int, order: np.random.Generator) -> np.ndarray:
+    """So many of `total` in random order, each once before any twice."""
+    rounds = [order.permutation(total) for _ in range(-(-number // total))]
+    return np.concatenate(rounds)[:number]

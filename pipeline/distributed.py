@@ -1,0 +1,120 @@
+"""Processes that work together: who this one is, what the first does for all, and what all have.
+
+Two groups are told apart. All processes of `torch.distributed` draw and measure together
+(`place`). A global batch is shared by those that hold a whole model between them (`share`): under
+tensor parallelism they are fewer.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from pipeline.errors import UserError
+
+__all__ = ["first", "gather", "in_turn", "join", "place", "share", "total"]
+
+T = TypeVar("T")
+
+
+def place() -> tuple[int, int]:
+    """The rank of this process in the group of `torch.distributed`, and the number of processes;
+    without a group, 0 and 1.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def share(trainer: Any) -> tuple[int, int]:
+    """Which part of a global batch is this process's, and the number of parts, in the run of a
+    Lightning trainer; 0 and 1 where there is none.
+    """
+    shares = getattr(trainer, "distributed_sampler_kwargs", None)
+    return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+
+
+def first(make: Callable[[], T]) -> T:
+    """What the first process makes, in every process. Every process has to call it.
+
+    Where the first fails, all fail: its error is raised in each of them.
+    """
+    rank, world = place()
+    if world == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = error
+        except Exception as error:  # as words: not every error can be sent
+            box[1] = RuntimeError(f"{type(error).__name__} in the first process: {error}")
+    distributed.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def in_turn(make: Callable[[], T]) -> T:
+    """What this process makes, after the first process has made its own: so that the others find
+    what the first wrote down. Every process has to call it.
+    """
+    rank, world = place()
+    if world > 1 and rank > 0:
+        distributed.barrier()
+    try:
+        return make()
+    finally:
+        if world > 1 and rank == 0:
+            distributed.barrier()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, those of the first process first; each may have another number.
+
+    Every process has to call it, with rows of one width.
+    """
+    rank, world = place()
+    if world == 1:
+        return rows
+    counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
+    counts[rank] = len(rows)
+    distributed.all_reduce(counts)
+    filled = rows.new_zeros(int(counts.max()), *rows.shape[1:])
+    filled[: len(rows)] = rows
+    parts = [torch.empty_like(filled) for _ in range(world)]
+    distributed.all_gather(parts, filled)
+    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, in place. Every process has to call it."""
+    if place()[1] > 1:
+        distributed.all_reduce(x)
+    return x
+
+
+@contextmanager
+def join(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun has started, where it has, and says the device of this
+    one: where "auto" is asked for, each takes a GPU of its own.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if device == "auto":
+        local = f"cuda:{os.environ['LOCAL_RANK']}" if several else "cuda"
+        device = local if torch.cuda.is_available() else "cpu"
+    if not several:
+        yield device
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()

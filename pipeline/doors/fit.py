@@ -1,0 +1,95 @@
+"""`fit`: from YAML to a trained run in a folder of its own."""
+
+import argparse
+import sys
+from pathlib import Path
+from shlex import quote
+
+from pipeline.doors.shared import add_configuration, say_configuration
+from pipeline.errors import UserError
+
+SUMMARY = "train a model from a YAML experiment"
+FREE = ("",)  # options: any key of an experiment
+USAGE = """\
+python -m pipeline fit -c EXPERIMENT.yaml [--KEY VALUE ...]
+       python -m pipeline fit --resume RUN [--KEY VALUE ...]"""
+DESCRIPTION = """\
+Train a conditional score network. Everything is set by the YAML of an experiment, and any part of
+it by the command line."""
+EPILOG = """\
+Often changed
+  --seed_everything 1           the seed of weights, data, noise and order
+  --trainer.max_steps 5000      how long to train; the learning rate falls to 0 at the end
+  --trainer.devices 4           how many GPUs (default: all)
+  --trainer.accumulate_grad_batches 2
+  --data.batch_size 256         the global batch, all devices together
+  --data conf/data/emoji.yaml   other data: any group of conf/ can be swapped like this
+  --data.path my/pictures       with the hub data: a folder of pictures with metadata.jsonl,
+                                parquet files, or a hub id
+  --model.sampler conf/sampler/ddim.yaml
+  --model.optimizer.lr 1e-3
+  --trainer.callbacks+ conf/callback/evaluation.yaml
+                                one more of a list
+  --trainer.logger false        no CSV and no Weights & Biases
+
+The run's folder gets config.yaml, last.ckpt (also at Ctrl-C), best.ckpt, sheets/, csv/ and
+wandb/."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_configuration(parser, "an experiment, for example conf/experiment/shapes.yaml")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a stopped run, for example runs/shapes/20260102-030405, as if it had not "
+        "stopped",
+    )
+    parser.add_argument(
+        "--run", metavar="FOLDER", help="where to write (default: runs/EXPERIMENT/TIME)"
+    )
+    parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint to go on from")
+
+
+def run(args: argparse.Namespace, options: list[str], line: str) -> int:
+    """Train, and say how to go on when asked to stop. Returns the exit code."""
+    files, folder, start = resumed(args)
+    from pipeline.callbacks import Stopped
+    from pipeline.experiment import Experiment, keep_memory, quiet
+
+    quiet()
+    keep_memory()
+    experiment = Experiment(files, options, folder)
+    if say_configuration(args, experiment.plan, experiment.text):
+        return 0
+    model, trainer = experiment.make()
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        experiment.open_run(trainer, line)
+    made = quote(str(experiment.run))
+    try:
+        trainer.fit(model, datamodule=experiment.data, ckpt_path=start, weights_only=True)
+    except Stopped as stopped:
+        trainer.print(
+            f"\nStopped at step {stopped.step}; the checkpoint is {stopped.path}\n"
+            f"Go on with:  python -m pipeline fit --resume {made}\n"
+            f"Draw with:   python -m pipeline generate --checkpoint {made}",
+            file=sys.stderr,
+        )
+        return 128 + stopped.signum
+    trainer.print(f"Trained {trainer.global_step} steps.", file=sys.stderr)
+    trainer.print(f"Draw with:   python -m pipeline generate --checkpoint {made}", file=sys.stderr)
+    return 0
+
+
+def resumed(args: argparse.Namespace) -> tuple[list[str], str | None, str | None]:
+    """The files of the experiment, the run's folder and the checkpoint to start from."""
+    if args.resume is None:
+        return args.config, args.run, args.ckpt_path
+    files = [Path(args.resume) / name for name in ("config.yaml", "last.ckpt")]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"--resume {args.resume}: there is no {file}; give the folder of a run that was "
+                "stopped."
+            )
+    config, checkpoint = map(str, files)
+    return [config, *args.config], args.run or args.resume, args.ckpt_path or checkpoint

@@ -1,0 +1,125 @@
+"""`generate`: from a checkpoint to files."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.doors.shared import add_model, choose, open_model
+from pipeline.errors import UserError
+from pipeline.files import new_folder, whole
+
+SUMMARY = "draw pictures from prompts"
+FREE = ("sampler.", "guidance.")  # how further options begin
+DESCRIPTION = """\
+Draw pictures from prompts with a trained model. Each picture is a PNG that says in its text fields
+how it was made; beside them stand a contact sheet and a manifest. Picture k of a prompt is drawn
+with seed SEED + k and is the same whatever else is drawn."""
+EPILOG = 'example: python -m pipeline generate "a small red circle" --number 4 --scale 3'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="what to draw (default: some prompts of the run)",
+    )
+    parser.add_argument(
+        "--prompts",
+        dest="file",
+        metavar="FILE",
+        help="a text file with a prompt per line; - reads them from standard input",
+    )
+    parser.add_argument(
+        "--number", type=int, default=4, metavar="N", help="pictures per prompt (default: 4)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (default: outputs/TIME)")
+    add_model(parser)
+
+
+def run(args: argparse.Namespace, options: list[str], line: str) -> int:
+    """Draw, and write down what is drawn as it comes: what is finished is kept at Ctrl-C."""
+    from pipeline.distributed import join
+    from pipeline.generator import Bar
+
+    if args.number < 1 or args.micro_batch < 1:
+        raise UserError(
+            f"--number {args.number} and --micro-batch {args.micro_batch} must be at least 1."
+        )
+    prompts = read_prompts(args.prompts, args.file)
+    with join(args.device) as device:
+        checkpoint, generator = open_model(args.checkpoint, device, args.trust)
+        how = (args.sampler, args.guidance, args.steps, args.scale, options)
+        chosen = choose(generator, checkpoint, *how)
+    prompts = prompts or checkpoint.prompts
+    if not prompts:
+        raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
+    out = new_folder(args.out, ("*.png", "samples.csv", "manifest.json"))
+    settings = {
+        "checkpoint": str(checkpoint.path),
+        **chosen,
+        "micro_batch": args.micro_batch,
+        "device": str(generator.device),
+        "command": line,
+    }
+    values = [prompt for prompt in prompts for _ in range(args.number)]
+    seeds = [args.seed + k for _ in prompts for k in range(args.number)]
+    about = [{"prompt": v, "seed": s} for v, s in zip(values, seeds, strict=True)]
+    done: list[Any] = []
+    with Bar.over(generator, len(values), args.micro_batch) as bar:
+        try:
+            for rows in generator(values, seeds, args.micro_batch, bar.watch):
+                generator.codec.write(rows, len(done), out, about, settings)
+                done += rows.cpu()
+        finally:
+            if done:
+                settings |= bar.acceptance()
+                finish(generator.codec, done, out, about, settings, max(args.number, 4))
+    return 0
+
+
+def finish(
+    codec: Any,
+    done: list[Any],
+    out: Path,
+    about: list[dict[str, Any]],
+    settings: dict[str, Any],
+    columns: int,
+) -> None:
+    """The manifest, and a sheet of the first 256."""
+    import torch
+
+    manifest = settings | {"samples": about[: len(done)]}
+    with whole(out / "manifest.json") as part:
+        part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    captions = [one["prompt"] for one in about[: min(len(done), 256)]]
+    sheet = codec.sheet(torch.stack(done[:256]), captions, columns)
+    if sheet is not None:
+        sheet.save(out / "sheet.png")
+    also = "manifest.json" if sheet is None else "sheet.png and manifest.json"
+    print(f"{len(done)} {codec.plural}, with {also}, are in {out}")
+
+
+def read_prompts(given: list[str], file: str | None) -> list[str]:
+    """The prompts asked for; an empty list leaves the choice to the run."""
+    prompts = list(given)
+    if file:
+        if file != "-" and not Path(file).is_file():
+            raise UserError(
+                f"--prompts {file}: there is no such file; give a text file with a prompt "
+                "per line, or - for standard input."
+            )
+        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        read = [line.strip() for line in text.splitlines() if line.strip()]
+        if not read:
+            raise UserError(f"--prompts {file} holds no prompt; write one per line.")
+        prompts += read
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(
+                f"Prompt {i + 1} is empty; say what to draw, or use --scale 0 for pictures that "
+                "ignore the prompt."
+            )
+    return prompts

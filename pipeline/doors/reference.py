@@ -1,0 +1,92 @@
+"""`reference`: the statistics of a data set, made once, written down with what decides them, and
+found again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.doors.shared import (
+    add_device_and_trust,
+    add_features,
+    read_features,
+)
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data import DataModule
+
+SUMMARY = "make the statistics that generated pictures are measured against"
+FREE = ("data.", "seed_everything")  # how further options begin
+DESCRIPTION = """\
+Read the pictures of a data set with a feature network, and write down mean and covariance of the
+features, and some of the features, with what decides them. What was made before is found again."""
+EPILOG = """\
+example: python -m pipeline reference -c conf/experiment/cifar10.yaml --data.path FOLDER
+           --features conf/features/efficientnet.yaml"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "-c",
+        "--config",
+        metavar="YAML",
+        help="an experiment, whose data are taken; --data.KEY VALUE changes them",
+    )
+    source.add_argument(
+        "--checkpoint", metavar="FILE", help="a checkpoint or a run's folder, with its data"
+    )
+    source.add_argument("--pictures", metavar="FOLDER", help="a folder of pictures, all of it")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=32,
+        metavar="PIXELS",
+        help="the side that pictures of a folder are brought to (default: 32)",
+    )
+    add_features(parser)
+    parser.add_argument("--split", default="train", help="which rows (default: train)")
+    parser.add_argument(
+        "--number", type=int, metavar="N", help="pictures, drawn at random (default: all)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="B", help="pictures read together (default: 64)"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="where to write (default: the cache, where it is found)"
+    )
+    add_device_and_trust(parser)
+
+
+def run(args: argparse.Namespace, options: list[str], line: str) -> int:
+    """Make or find a reference, and say where it is."""
+    from pipeline.distributed import join
+    from pipeline.evaluation.reference import reference_of
+
+    if options and not args.config:
+        raise UserError(f"{options[0]} changes an experiment, and none is given with -c.")
+    with join(args.device) as device:
+        features = read_features(args.features, device)
+        data = open_data(args, options)
+        how = (args.number, args.batch, args.out)
+        found, path = reference_of(data, args.split, features, *how)
+    print(f"{found.about['pictures']}, split {args.split!r}")
+    print(f"features: {features.name} ({features.protocol})")
+    print(f"Statistics of {found.statistics.n} and features of {len(found.rows)} are in {path}")
+    return 0
+
+
+def open_data(args: argparse.Namespace, options: Sequence[str]) -> "DataModule":
+    """The data of an experiment, of a checkpoint, or in a folder."""
+    from pipeline.building import make
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.data import DataModule, Hub
+    from pipeline.experiment import read
+
+    if args.pictures:
+        # with itself as the split to validate on, nothing is held out of it
+        return Hub(args.pictures, None, size=args.size, val_split="train")
+    if args.checkpoint:
+        return Checkpoint(args.checkpoint, args.trust).data(DataModule)
+    return make(read([args.config], options).resolve("data", DataModule))

@@ -1,0 +1,204 @@
+"""What several doors ask for: a model and how to draw from it, an experiment, features, a device.
+
+What takes seconds to import is imported where it is used: help comes at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.evaluation.features import Features
+    from pipeline.generator import Generator
+
+
+def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What to draw with; of checkpoint, sampler, steps and scale there may be several."""
+    many: dict[str, Any] = {"action": "append"} if several else {}
+    also = "; may be repeated" if several else ""
+    commas = ", or several with commas between" if several else ""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help=f"a checkpoint or a run's folder (default: the newest run){also}",
+        **many,
+    )
+    parser.add_argument(
+        "--sampler",
+        metavar="YAML",
+        help=f"a sampler, e.g. conf/sampler/ddim.yaml (default: the run's){also}; any of its "
+        "arguments can be set by --sampler.KEY VALUE",
+        **many,
+    )
+    parser.add_argument(
+        "--steps",
+        type=str if several else int,
+        metavar="N",
+        help=f"the number of steps of the sampler (default: its own){commas}",
+    )
+    parser.add_argument(
+        "--guidance",
+        metavar="YAML",
+        help="how to guide, e.g. conf/guidance/classifier_free.yaml (default: the run's); any of "
+        "its arguments can be set by --guidance.KEY VALUE",
+    )
+    parser.add_argument(
+        "--scale",
+        type=str if several else float,
+        metavar="W",
+        help="guidance: 0 ignores the prompt, 1 is the model as it was trained, more is stronger "
+        f"(default: the run's){commas}",
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=16,
+        metavar="B",
+        help="pictures drawn together (default: 16)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
+    add_device_and_trust(parser)
+
+
+def add_device_and_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package, or a module, of yours whose classes checkpoints and samplers may name; "
+        "may be repeated",
+    )
+
+
+def add_features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        metavar="YAML",
+        help="a feature network, e.g. conf/features/inception.yaml for FID (default: "
+        "EfficientNet-Lite0 with 112 features, which needs no download)",
+    )
+
+
+def add_configuration(parser: argparse.ArgumentParser, example: str) -> None:
+    """The files of a door that is configured by YAML."""
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"{example}; several merge, the later wins",
+    )
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        help="print the whole configuration, a start for one of your own, and stop",
+    )
+    parser.add_argument(
+        "--help-all", action="store_true", help="say what every option there is does, and stop"
+    )
+
+
+def say_configuration(args: argparse.Namespace, plan: Any, text: str) -> bool:
+    """Whether the configuration was asked for, and printed."""
+    from pipeline.building import explain
+
+    if args.help_all:
+        print("\n".join(explain(plan)))
+    elif args.print_config:
+        print(text, end="")
+    return args.help_all or args.print_config
+
+
+def open_model(
+    path: str | None, device: str, trust: Sequence[str]
+) -> tuple["Checkpoint", "Generator"]:
+    """A checkpoint, by default the newest, and what draws from it on a device."""
+    from pipeline.checkpoint import Checkpoint, locate
+    from pipeline.codec import Codec
+    from pipeline.generator import Generator
+    from pipeline.samplers import Sampler
+
+    checkpoint = Checkpoint(locate(path), trust)
+    sampler, codec = checkpoint.part("sampler", Sampler), checkpoint.part("codec", Codec)
+    denoiser = checkpoint.denoiser()
+    try:
+        denoiser = denoiser.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot hold {checkpoint.path}: {reason}") from error
+    return checkpoint, Generator(denoiser, checkpoint.conditioning(), codec, sampler)
+
+
+def choose(
+    generator: "Generator",
+    checkpoint: "Checkpoint",
+    sampler: str | None,
+    guidance: str | None,
+    steps: int | None,
+    scale: float | None,
+    options: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Draw with a sampler and a guidance from now on, those of the run where they are `None`.
+    Returns them in words.
+    """
+    from pipeline.building import OURS, Config, Text, brief, make
+    from pipeline.denoisers import Denoiser
+    from pipeline.guidance import Guidance
+    from pipeline.samplers import Sampler
+
+    config = Config()
+    for name, file in (("sampler", sampler), ("guidance", guidance)):
+        told = Text(file) if file else checkpoint.about[name]
+        config.set(name, told, f"--{name} {file}" if file else str(checkpoint.path))
+    if scale is not None:
+        if config.get("guidance") is None:
+            config.set("guidance", {"class_path": "pipeline.guidance.ClassifierFree"})
+        config.set("guidance.scale", scale)
+    if steps is not None:
+        config.set("sampler.steps", steps)
+    config.add(options)
+
+    def weaker(path: str) -> Denoiser:
+        return second_denoiser(path, checkpoint, generator.device)
+
+    how: dict[str, Any] = {"trust": (OURS, *checkpoint.trust), "openers": {Denoiser: weaker}}
+    generator.sampler = make(config.resolve("sampler", Sampler, **how))
+    generator.guidance = make(config.resolve("guidance", Guidance | None, **how))
+    return {
+        "sampler": brief(generator.sampler),
+        "guidance": brief(generator.guidance),
+        "shape": list(generator.codec.shape),
+    }
+
+
+def second_denoiser(path: str, checkpoint: "Checkpoint", device: Any) -> Any:
+    """The denoiser of another checkpoint, for x and u as those of a first."""
+    from pipeline.checkpoint import Checkpoint
+
+    other = Checkpoint(path, checkpoint.trust)
+    for key, what in (("codec", "other data"), ("fingerprint", "another conditioning")):
+        if other.about[key] != checkpoint.about[key]:
+            raise UserError(
+                f"{other.path} is a model of {what} than {checkpoint.path}, and cannot guide it."
+            )
+    return other.denoiser().to(device)
+
+
+def read_features(file: str | None, device: str) -> "Features":
+    """The features that a YAML of conf/features/ names; EfficientNet-Lite0 by default."""
+    from pipeline.building import Config, Text, make
+    from pipeline.evaluation.features import EfficientNetLite0, Features
+
+    if file is None:
+        return EfficientNetLite0().to(device)
+    config = Config()
+    config.set("features", Text(file))
+    return make(config.resolve("features", Features)).to(device)

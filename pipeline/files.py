@@ -1,0 +1,181 @@
+"""Files: written whole or not at all, known by a digest, or found in an installed package."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+__all__ = ["cache_folder", "digest", "model_folder", "new_folder", "packaged", "sha256", "whole"]
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A place beside a file to write to. It becomes the file when all is written and on the disk;
+    on an error nothing is left, and the file is as it was.
+
+    Processes may do this at once: whichever ends last is kept.
+
+    Arguments:
+        path: The file; its folder is made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def digest(*said: object) -> str:
+    """The sha256 of plain data, in hexadecimal."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(*files: Path) -> str:
+    """The sha256 of files one after the other, in hexadecimal."""
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+@functools.cache
+def packaged(module: str, name: str, expected: str, requirement: str, otherwise: str) -> Path:
+    """A file of weights in an installed package, its sha256 checked once a process.
+
+    Arguments:
+        module: The package, as Python imports it; it is not imported.
+        name: The file in it.
+        expected: Its sha256.
+        requirement: The package, as pip knows it.
+        otherwise: What a person can do without it.
+
+    Raises:
+        UserError: The package is not installed, or the file is another.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"The package {requirement} is needed and not installed; run `make setup`, or "
+            f"{otherwise}."
+        )
+    file = Path(spec.origin).parent / name
+    if not file.is_file() or sha256(file) != expected:
+        raise UserError(
+            f"{file} is not there or does not hold the weights of {requirement} (their sha256 "
+            "begins with "
+            f"{expected[:16]}); reinstall {requirement}, as `make setup` does."
+        )
+    return file
+
+
+def model_folder(
+    name: str, files: Sequence[str], lacks: Callable[[Path], list[str]], what: str, example: str
+) -> Path:
+    """The folder of a `transformers` model: one here, or one of the Hugging Face hub, from its
+    local cache where it is whole there.
+
+    Arguments:
+        name: A folder, or a name on the hub.
+        files: Patterns of the files that are fetched.
+        lacks: What a folder lacks, in words.
+        what: What is looked for, to begin a sentence.
+        example: What could be given.
+
+    Raises:
+        UserError: It is not there, or lacks something.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
+            raise UserError(f"{what} {name!r} is not a folder; give {example}, or a hub name.")
+        folder = from_hub(name, files, lacks, f"{what} {name!r} was not found: {example}")
+    if missing := lacks(folder):
+        names = sorted(file.name for file in folder.iterdir())
+        listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if names[12:] else "")
+        raise UserError(
+            f"The model in {folder} lacks {' and '.join(missing)}: it holds "
+            f"{listed or 'nothing'}; save all of it there with save_pretrained."
+        )
+    return folder
+
+
+def from_hub(
+    name: str, files: Sequence[str], lacks: Callable[[Path], list[str]], sentence: str
+) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    patterns = list(files)
+    with suppress(Exception):  # not cached, or in part: whatever the reason, it is to be fetched
+        cached = snapshot_download(name, allow_patterns=patterns, local_files_only=True)
+        if not lacks(Path(cached)):
+            return Path(cached)
+    try:
+        HfApi().model_info(name, timeout=10)  # the download itself can wait forever for an answer
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # HTTP, connection, offline mode, name: each has its own family
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        raise UserError(
+            f"{sentence}, or a Hugging Face hub name that is cached or can be reached, was "
+            f"expected ({reason})."
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `~/.cache/conditional-pipeline`, or as
+    `XDG_CACHE_HOME` says.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "conditional-pipeline"
+
+
+def new_folder(out: str | None, results: Sequence[str]) -> Path:
+    """A folder for results, which can be written to and holds none of before.
+
+    Arguments:
+        out: The folder; by default a new one, `outputs/TIME`.
+        results: Patterns of the files that will be written.
+
+    Raises:
+        UserError: It cannot be written to, or holds results.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    folder, again = Path(out or f"outputs/{now}"), 1
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir(exist_ok=out is not None)
+                break
+            except FileExistsError:
+                if out is not None:
+                    raise
+                again += 1  # another process has begun in this second
+                folder = Path(f"outputs/{now}-{again}")
+        trial = folder / f".{uuid.uuid4().hex}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out {folder} cannot be written to: {error.strerror}; name another folder."
+        ) from error
+    if any(next(folder.glob(pattern), None) for pattern in results):
+        raise UserError(
+            f"--out {folder} holds results already; name another folder, so that none is lost."
+        )
+    return folder

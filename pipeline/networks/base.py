@@ -1,0 +1,32 @@
+"""What every network is."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from pipeline.building import Part
+from pipeline.condition import U
+
+__all__ = ["Network"]
+
+
+class Network(Part, nn.Module, ABC):
+    r"""A network F(x, level, u), whose output has the shape of x.
+
+    Attributes:
+        u_dim: The width E of a token of u; 0 where it takes none.
+        planes: The number C of planes of u; 0 where it takes none.
+    """
+
+    u_dim: int = 0
+    planes: int = 0
+
+    @abstractmethod
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+        r"""The network's output.
+
+        Arguments:
+            x: A scaled noisy example, with shape :math:`(B, *)`.
+            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
+            u: The condition of each; `None` where it takes none.
+        """

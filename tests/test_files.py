@@ -1,0 +1,96 @@
+"""Files: whole or not at all, and never over what was there before."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.files import new_folder, packaged, sha256, whole
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "file"
+    for text in ("first", "second"):
+        with whole(file) as part:
+            part.write_text(text)
+            assert not file.exists() or file.read_text() == "first"
+        assert file.read_text() == text and os.listdir(file.parent) == ["file"]
+    with pytest.raises(KeyboardInterrupt), whole(file) as part:
+        part.write_text("thi")
+        raise KeyboardInterrupt
+    assert file.read_text() == "second" and os.listdir(file.parent) == ["file"]
+    with pytest.raises(FileNotFoundError), whole(file):
+        pass  # nothing was written
+    assert file.read_text() == "second" and os.listdir(file.parent) == ["file"]
+
+
+def test_whoever_ends_last_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with whole(str(file)) as first:
+        first.write_text("first")
+        with whole(file) as second:
+            second.write_text("second")
+        assert file.read_text() == "second"
+        assert first.suffix == second.suffix == ".part" and first != second
+    assert file.read_text() == "first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_folder_holds_no_results(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "out"
+    assert new_folder(str(folder), ["*.png"]) == folder and not list(folder.iterdir())
+    (folder / "notes.txt").touch()
+    assert new_folder(str(folder), ["*.png"]) == folder  # these are no results
+    (folder / "00000.png").touch()
+    with pytest.raises(UserError, match="--out .*out holds results already; name another"):
+        new_folder(str(folder), ["*.csv", "*.png"])
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"--out .*{out} cannot be written to: .*; name anoth"):
+            new_folder(str(tmp_path / out), [])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_of_someone_else(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    for out in (tmp_path, tmp_path / "below"):
+        with pytest.raises(UserError, match="cannot be written to: Permission denied"):
+            new_folder(str(out), [])
+
+
+def test_folders_of_one_second_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    found = [new_folder(None, ["*"]) for _ in range(3)]
+    assert found == [Path(f"outputs/now{end}") for end in ("", "-2", "-3")]
+
+
+@pytest.fixture
+def nothing_found() -> Iterator[None]:
+    """What was found before is looked for again."""
+    packaged.cache_clear()
+    yield
+    packaged.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_found")
+def test_other_weights_in_a_package_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights" / "__init__.py").write_text("raise SystemExit('it was imported')")
+    file = tmp_path / "some_weights" / "w.bin"
+    file.write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    known, told = sha256(file), ("some-weights==1", "do without")
+    assert packaged("some_weights", "w.bin", known, *told) == file
+    for name, expected in (("w.bin", "0" * 64), ("other.bin", known)):
+        with pytest.raises(UserError, match=f"{name} is not there or does not hold .*-weights==1"):
+            packaged("some_weights", name, expected, *told)
+    with pytest.raises(UserError, match="some-weights==1 is needed and not .*, or do without"):
+        packaged("no_such_weights", "w.bin", known, *told)
