@@ -12,14 +12,15 @@ It is read without executing anything in it, and may name members of the familie
 """
 
 import pickle
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pipeline.building import build, describe
+from pipeline.building import brief, build, describe
 from pipeline.codec import Codec, Columns, Pixels
 from pipeline.conditioning import Conditioning
 from pipeline.denoisers import Denoiser
@@ -28,10 +29,11 @@ from pipeline.files import sha256, whole
 from pipeline.guidance import Guidance
 from pipeline.samplers import Sampler
 
-__all__ = ["Checkpoint", "about", "averages", "locate", "write"]
+__all__ = ["BEFORE", "LAST", "Checkpoint", "about", "averages", "differences", "locate", "write"]
 
 VERSION = 1  # of what stands under "pipeline"
 PREFIX = "denoiser."  # of the names of weights, in a LightningModule that has a denoiser
+LAST, BEFORE = "last.ckpt", "before.ckpt"  # a run's newest checkpoint, and the one before it
 KEYS = ("denoiser", "codec", "conditioning", "fingerprint", "sampler", "guidance", "data")
 
 T = TypeVar("T")
@@ -126,8 +128,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, trust: Sequence[str] = ()) -> None:
-        self.path, self.trust = locate(path), trust
-        self.content = load(self.path)
+        self.trust = trust
+        self.path, self.content = load_newest(locate(path))
         self.about = upgraded(self.path, self.content)
         if lacks := [key for key in KEYS if key not in self.about]:
             raise UserError(f"{self.path} does not say its {lacks[0]}; it may be damaged.")
@@ -200,6 +202,16 @@ class Checkpoint:
         return build({**node, "init_args": given}, kind, self.trust)
 
 
+def differences(old: Any, new: Any, at: str) -> Iterator[str]:
+    """Where two descriptions differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        for key in old:
+            inner = at if key == "init_args" else f"{at}.{key}"
+            yield from differences(old[key], new[key], inner)
+    elif old != new:
+        yield f"{at} is {brief(new)}, and was {brief(old)}"
+
+
 def averages(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """The averages of the weights in a checkpoint, by name."""
     old = {"ema": content["ema"]} if content.get("ema") else {}  # before version 1
@@ -209,13 +221,25 @@ def averages(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
 def locate(path: str | Path | None) -> Path:
     """The file of a checkpoint: itself, the `last.ckpt` in a run's folder, or the newest run's."""
     if path is not None:
-        return Path(path) / "last.ckpt" if Path(path).is_dir() else Path(path)
-    found = sorted(Path("runs").glob("*/*/last.ckpt"), key=lambda file: file.stat().st_mtime)
+        return Path(path) / LAST if Path(path).is_dir() else Path(path)
+    found = sorted(Path("runs").glob(f"*/*/{LAST}"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
             "There is no trained model in runs/: `make train` makes one, or give --checkpoint."
         )
     return found[-1]
+
+
+def load_newest(path: Path) -> tuple[Path, dict[str, Any]]:
+    """What a checkpoint holds, and its file: of a run's last one that is torn, the one before."""
+    before = path.with_name(BEFORE)
+    try:
+        return path, load(path)
+    except UserError as error:
+        if path.name != LAST or not before.is_file():
+            raise
+        print(f"warning: {error} The one before, {before}, is taken.", file=sys.stderr)
+        return before, load(before)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import difflib
 import importlib
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -55,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
         if argv == [name] and hasattr(door, "USAGE"):  # nothing was said that it could do
             own.print_help()
             return 0
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signum, asked)
     try:
         dotted, rest = split(argv)
         args, unknown = parser.parse_known_args(rest)
@@ -67,9 +72,20 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nStopped; what was finished is kept.", file=sys.stderr)
-        return 130
+    except OSError as error:
+        if os.environ.get("PIPELINE_TRACEBACK") or not error.strerror:
+            raise
+        print(f"error: {error.filename or 'A file'}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        signum = stop.args[0] if stop.args else signal.SIGINT
+        print(f"\nStopped by {signal.Signals(signum).name}.", file=sys.stderr)
+        return 128 + signum
+
+
+def asked(signum: int, frame: object) -> NoReturn:
+    """Stop as at Ctrl-C: what is under way is put in order on the way out."""
+    raise KeyboardInterrupt(signum)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -32,9 +32,19 @@ def place() -> tuple[int, int]:
 def share(trainer: Any) -> tuple[int, int]:
     """Which part of a global batch is this process's, and the number of parts, in the run of a
     Lightning trainer; 0 and 1 where there is none.
+
+    Raises:
+        UserError: The trainer counts other processes than there are.
     """
     shares = getattr(trainer, "distributed_sampler_kwargs", None)
-    return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+    rank, parts = (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+    if distributed.is_available() and distributed.is_initialized() and place()[1] % parts:
+        raise UserError(
+            f"{place()[1]} processes run and the trainer counts {parts} devices, so some rows of "
+            "each batch would be taken by none: start one process for each device, such as with "
+            "srun --ntasks-per-node DEVICES, and set trainer.num_nodes to the number of nodes."
+        )
+    return rank, parts
 
 
 def first(make: Callable[[], T]) -> T:

@@ -1,29 +1,41 @@
 """An experiment: model, data and trainer from YAML, and the folder of its run."""
 
 import ctypes
+import itertools
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pipeline.building import Config, Plan, dump, make
-from pipeline.checkpoint import Checkpoint
+from pipeline.building import Config, Plan, describe, dump, make
+from pipeline.checkpoint import BEFORE, LAST, Checkpoint, differences
 from pipeline.data import DataModule
 from pipeline.denoisers import Denoiser
+from pipeline.errors import UserError
+from pipeline.files import whole
 from pipeline.module import ScoreModule
 from pipeline.tracking import loggers
 
-__all__ = ["Experiment", "keep_memory", "quiet", "read"]
+__all__ = ["Experiment", "keep_memory", "newest_config", "quiet", "read"]
 
 SEED = "seed_everything"
+CONFIG = "config.yaml"
+RESULTS = (LAST, BEFORE, "best.ckpt", "sheets", "csv", "wandb")  # what makes a folder a run
 NETWORK = "model.denoiser.network"
 
 
@@ -92,49 +104,174 @@ class Experiment:
         told |= {key: told[key]["init_args"] for key in ("model", "trainer")}
         self.told = told
         self.text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
-        name = Path(files[0]).stem if files else "run"
         # processes started by the first one, one per GPU, write to the folder it chose
-        default = f"runs/{name}/{time.strftime('%Y%m%d-%H%M%S')}"
-        self.run = Path(run or os.environ.setdefault("PIPELINE_RUN", default))
+        told = run or os.environ.get("PIPELINE_RUN")
+        name = Path(files[0]).stem if files else "run"
+        self.run = Path(told or f"runs/{name}/{time.strftime('%Y%m%d-%H%M%S')}")
+        self.chosen, self.made = told is None, list[Path]()  # the folder; what was made of the run
+        self.model: Any = None
+
+    def check(self) -> None:
+        """Say what no run can be made of, before anything is."""
+        given = self.plan.arguments["trainer"].arguments
+        if given.get("precision") not in (None, 32, "32", "32-true"):
+            raise UserError(
+                f"trainer.precision is {given['precision']!r}, and weights and loss are of 32 "
+                "bits: leave it out, and set the network's type by pipeline.callbacks.Precision."
+            )
+        strategy = given.get("strategy")
+        name = strategy if isinstance(strategy, str) else getattr(strategy, "cls", str).__name__
+        if "fsdp" in name.lower() or "parallelstrategy" in name.lower() or "deepspeed" in name:
+            raise UserError(
+                f"trainer.strategy is {name}, and a sharded model cannot be averaged, clipped and "
+                "saved here yet: use ddp."
+            )
+        if given.get("max_steps") == 0 or given.get("max_epochs") == 0:
+            raise UserError(
+                "trainer.max_steps or max_epochs is 0; give the number of steps, or -1 for no end."
+            )
 
     def make(self) -> tuple[ScoreModule, pl.Trainer]:
         """The model and the trainer."""
+        self.check()
         found = self.plan.arguments
+        if self.chosen and not found["trainer"].arguments.get("fast_dev_run"):
+            self.run = new_run(self.run)
+            self.made.append(self.run)
+            os.environ["PIPELINE_RUN"] = str(self.run)
         pl.seed_everything(found[SEED], workers=True)
-        model: ScoreModule = make(found["model"])
+        self.model = make(found["model"])
         given = found["trainer"].arguments
         own: dict[str, Any] = {"default_root_dir": str(self.run)}
         if self.logs:
             own["logger"] = False  # ours are made when it is known that all else can be built
+        silent = given.get("enable_progress_bar") is False  # which Lightning takes for a conflict
+        own["enable_progress_bar"] = None if silent else given.get("enable_progress_bar")
+        plugins = make(given.get("plugins")) or []
+        own["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), *own_plugins()]
         trainer: pl.Trainer = make(found["trainer"]._replace(arguments=given | own))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if silent and isinstance(callback, ProgressBar):
+                callback.disable()
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run)
-        return model, trainer
+        return self.model, trainer
+
+    def check_start(self, model: ScoreModule, start: Checkpoint) -> None:
+        """Say what a checkpoint cannot be gone on with as.
+
+        Raises:
+            UserError: It is of another model, or of another condition.
+        """
+        old, new = describe(start.part("denoiser", Denoiser)), describe(model.denoiser)
+        unlike = list(differences(old, new, "model.denoiser"))
+        conditioning = self.data.conditioning
+        if (conditioning and conditioning.fingerprint()) != start.about["fingerprint"]:
+            asked = None if conditioning is None else describe(conditioning)
+            unlike += list(differences(start.about["conditioning"], asked, "data.conditioning"))
+            unlike = unlike or ["data.conditioning reads other files than it did"]
+        if unlike:
+            raise UserError(
+                f"{start.path} cannot be gone on with: {'; '.join(unlike[:3])}. Leave that as it "
+                "was, or begin a new run."
+            )
 
     @property
     def logs(self) -> bool:
         """Whether the loggers are ours."""
         return self.plan.arguments["trainer"].arguments.get("logger") in (None, True)
 
-    def open_run(self, trainer: pl.Trainer, command: str) -> None:
-        """Make the run's folder, and write down how the run was made."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        unused(self.run / "config.yaml").write_text(self.text, encoding="utf-8")
+    def give_back(self) -> None:
+        """Leave no folder that announces itself as a run where nothing was trained."""
+        for made in [] if self.model is not None and self.model.begun else self.made:
+            with suppress(OSError):
+                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+
+    def open_run(self, trainer: pl.Trainer, command: str, goes_on: bool = False) -> None:
+        """Take the run's folder, and write down how the run was made.
+
+        Raises:
+            UserError: It cannot be written to, or holds a run.
+        """
+        try:
+            if not self.run.exists():
+                self.made.append(self.run)
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.made.append(claim(self.run, self.text, goes_on))
+        except OSError as error:
+            raise UserError(
+                f"--run {self.run} cannot be written to: {error.strerror}; name another folder."
+            ) from error
         if self.logs:
             about: dict[str, Any] = self.told | {"command": command}
             trainer.loggers = loggers(self.run, self.plan.arguments["project"], about)
         print(f"Writing to {self.run}", file=sys.stderr)
 
 
-def unused(file: Path) -> Path:
-    """The file itself, or, where a resumed run has written one before, the first free numbered one
-    beside it.
+def claim(run: Path, text: str, goes_on: bool) -> Path:
+    """The configuration, written where none was: whoever comes second does not find the place.
+
+    Raises:
+        UserError: The folder holds a run already, and this one does not go on with it.
     """
-    k, found = 1, file
-    while found.exists():
-        k, found = k + 1, file.with_stem(f"{file.stem}-{k}")
-    return found
+    held = [file.name for file in run.iterdir() if file.name in (*RESULTS, CONFIG)]
+    k, file = 1, run / CONFIG
+    while True:
+        if not goes_on and (held or k > 1):
+            raise UserError(
+                f"--run {run} holds a run already ({', '.join(held) or CONFIG}); go on with it by "
+                f"--resume {quote(str(run))}, or name another folder."
+            )
+        try:
+            with file.open("x", encoding="utf-8") as opened:
+                opened.write(text)
+            return file
+        except FileExistsError:
+            k, file = k + 1, run / f"config-{k}.yaml"
+
+
+def new_run(folder: Path) -> Path:
+    """A folder that nobody has, named like this one: another run may begin in the same second."""
+    for k in itertools.count(2):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder = folder.with_name(f"{folder.name.partition('.')[0]}.{k}")
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written to: {error.strerror}; give --run FOLDER."
+            ) from error
+    raise AssertionError  # the count has no end
+
+
+def newest_config(run: Path) -> Path:
+    """How the run was last gone on with."""
+    numbered = [f for f in run.glob("config-*.yaml") if f.stem.partition("-")[2].isdigit()]
+    return max(numbered, key=lambda f: int(f.stem.partition("-")[2]), default=run / CONFIG)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, written beside their place and not in TMPDIR,
+    which may be on another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        for left in Path(path).parent.glob(f"{Path(path).name}.*.part"):
+            left.unlink(missing_ok=True)  # by a process that was killed
+        with whole(path) as part:
+            torch.save(checkpoint, part)
+
+
+def own_plugins() -> list[Any]:
+    """What a trainer is given beside what it is told."""
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    if "SLURM_NTASKS" in os.environ and not several and not TorchElasticEnvironment.detect():
+        # a job's variables, but not one task for each device: Lightning starts its own processes
+        return [WholeFiles(), LightningEnvironment()]
+    return [WholeFiles()]
 
 
 def keep_memory() -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-__all__ = ["cache_folder", "digest", "model_folder", "new_folder", "packaged", "sha256", "whole"]
+__all__ = [
+    "cache_folder",
+    "check_writable",
+    "digest",
+    "model_folder",
+    "new_folder",
+    "packaged",
+    "sha256",
+    "whole",
+]
 
 
 @contextmanager
@@ -144,8 +153,27 @@ def cache_folder() -> Path:
     return Path(home) / "conditional-pipeline"
 
 
-def new_folder(out: str | None, results: Sequence[str]) -> Path:
-    """A folder for results, which can be written to and holds none of before.
+def check_writable(folder: Path, out: object) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        UserError: Files cannot be made in it, which `--out` asks for.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{uuid.uuid4().hex}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written to: {error.strerror}; name another folder."
+        ) from error
+
+
+@contextmanager
+def new_folder(out: str | None, results: Sequence[str]) -> Iterator[Path]:
+    """A folder for results, which can be written to and holds none of before; where nothing comes
+    of it, it is not left behind.
 
     Arguments:
         out: The folder; by default a new one, `outputs/TIME`.
@@ -154,28 +182,24 @@ def new_folder(out: str | None, results: Sequence[str]) -> Path:
     Raises:
         UserError: It cannot be written to, or holds results.
     """
-    now = time.strftime("%Y%m%d-%H%M%S")
-    folder, again = Path(out or f"outputs/{now}"), 1
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                folder.mkdir(exist_ok=out is not None)
-                break
-            except FileExistsError:
-                if out is not None:
-                    raise
-                again += 1  # another process has begun in this second
-                folder = Path(f"outputs/{now}-{again}")
-        trial = folder / f".{uuid.uuid4().hex}"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--out {folder} cannot be written to: {error.strerror}; name another folder."
-        ) from error
+    now, again = time.strftime("%Y%m%d-%H%M%S"), 1
+    folder = Path(out or f"outputs/{now}")
+    made = not folder.exists()
+    check_writable(folder if out else folder.parent, folder)
+    while out is None:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another process has begun in this second
+            again += 1
+            folder = Path(f"outputs/{now}-{again}")
     if any(next(folder.glob(pattern), None) for pattern in results):
         raise UserError(
             f"--out {folder} holds results already; name another folder, so that none is lost."
         )
-    return folder
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # it is not empty
+            if made or out is None:
+                folder.rmdir()

@@ -20,11 +20,14 @@ from pipeline.condition import Condition
 from pipeline.conditioning import Conditioning
 from pipeline.denoisers import Denoiser
 from pipeline.distributed import gather, place
+from pipeline.errors import UserError
 from pipeline.guidance import Guidance
 from pipeline.noise import PictureNoise
 from pipeline.samplers import Sampler, State
 
 __all__ = ["Bar", "Generator"]
+
+ABSURD = 1e6  # x is about in [-1, 1]
 
 
 class Generator:
@@ -149,10 +152,21 @@ class Generator:
                 u = None if table is None else table[[index[values[i]] for i in rows]]
                 noise = PictureNoise([seeds[i] for i in rows])
                 x = self.sampler(denoiser, like, u, noise, progress)
+                if not (x.abs() < ABSURD).all():  # or no number
+                    raise UserError(self.not_finite())
                 drawn = gather(x) if world > 1 else x
                 yield from drawn[: len(values) - start].split(micro_batch)
         finally:
             self.denoiser.train(training)
+
+    def not_finite(self) -> str:
+        scale = getattr(self.guidance, "scale", None)
+        guided = "" if scale is None else f", or its guidance scale {scale:g} is too large"
+        return (
+            f"{type(self.sampler).__name__} gave numbers that are not finite, or absurdly large, "
+            f"and nothing is made of them: the model has diverged in training{guided}; draw from "
+            f"an earlier checkpoint{'' if scale is None else ', or with a smaller --scale'}."
+        )
 
     def place(self) -> tuple[int, int]:
         """The rank of this process among those that draw together, and their number."""

@@ -19,7 +19,13 @@ from pipeline.noise import Noise, mix
 from pipeline.objectives import Objective
 from pipeline.samplers import Sampler
 
-__all__ = ["ScoreModule"]
+__all__ = ["Diverged", "ScoreModule"]
+
+MOST_FAILED = 20  # steps in a row whose loss is not finite
+
+
+class Diverged(UserError):
+    """A run whose numbers are not finite any more."""
 
 
 class ScoreModule(pl.LightningModule):
@@ -63,6 +69,7 @@ class ScoreModule(pl.LightningModule):
         self.sampler, self.guidance = sampler, guidance
         self.optimizer, self.condition_dropout = optimizer, condition_dropout
         self.warmup, self.seed = warmup, seed
+        self.begun, self.failed = False, torch.zeros((), dtype=torch.int64)
         self.description: dict[str, Any] = {}  # what checkpoints say of the model
 
     @property
@@ -91,6 +98,18 @@ class ScoreModule(pl.LightningModule):
         parts = (self.denoiser, data.codec, data.conditioning, self.sampler, self.guidance)
         self.description = about(*parts, data=data, prompts=data.prompts())
 
+    def on_train_start(self) -> None:
+        """Let a run that goes on do so with the optimizer it is told, and count anew."""
+        self.begun, self.failed = True, self.failed.to(self.device)
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            for group, told, factor in zip(
+                schedule.optimizer.param_groups, self.told, schedule.lr_lambdas, strict=True
+            ):
+                group |= told | {"initial_lr": told["lr"]}
+                group["lr"] = told["lr"] * factor(schedule.last_epoch)
+            schedule.base_lrs = [told["lr"] for told in self.told]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         seen, n = self.batches_seen, len(batch.x)
         self.reseed(mix(self.seed, seen, self.global_rank))
@@ -99,9 +118,30 @@ class ScoreModule(pl.LightningModule):
         if u is not None and batch.u_null is not None and self.condition_dropout:
             u = u.replaced(batch.u_null, noise.uniform(n) < self.condition_dropout)
         loss = self.objective(self.denoiser, batch.x, u, noise).mean()
+        self.failed = (self.failed + 1) * ~loss.detach().isfinite()  # steps in a row
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.check_finite(MOST_FAILED)
+
+    def check_finite(self, most: int) -> None:
+        """End the run where the loss was not finite in so many steps in a row, on any device, or
+        where a weight is not.
+
+        Raises:
+            Diverged: So it is.
+        """
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.denoiser.parameters()])
+        diverged = bool((self.failed >= most) | ~norm.isfinite())
+        if self.trainer.strategy.reduce_boolean_decision(diverged, all=False):
+            raise Diverged(
+                f"Training has diverged at step {self.trainer.global_step}: the loss or a weight "
+                "is not finite. The checkpoints are of before. Start again with a smaller "
+                "--model.optimizer.lr, or with clipping (--trainer.gradient_clip_val 1)."
+            )
 
     def reseed(self, seed: int) -> None:
         """Seed the generator that layers draw from, such as dropout.
@@ -149,6 +189,11 @@ class ScoreModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         losses, examples = self.trainer.strategy.reduce(self.total, reduce_op="sum")
+        if not self.trainer.sanity_checking and not losses.isfinite().all():
+            raise Diverged(
+                f"Training has diverged at step {self.trainer.global_step}: the validation loss "
+                "is not finite. Start again with a smaller learning rate (--model.optimizer.lr)."
+            )
         self.log("val/loss", losses.sum() / examples.sum(), prog_bar=True, rank_zero_only=False)
         for name, loss, count in zip(self.objective.bands, losses, examples, strict=False):
             self.log(f"val/{name}", loss / count.clamp(min=1))
@@ -161,6 +206,8 @@ class ScoreModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.denoiser.parameters())
+        # what the run is told now, before a checkpoint brings what it was told then
+        self.told = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         steps, warmup = self.trainer.estimated_stepping_batches, self.warmup
 
         def factor(step: int) -> float:
@@ -174,5 +221,8 @@ class ScoreModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the model is; a model that has diverged is not saved."""
+        if self.begun:
+            self.check_finite(1)
         if self.description:
             checkpoint["pipeline"] = self.description

@@ -1,6 +1,7 @@
 """Tiny random text encoders with trained tokenizers, saved as real ones are."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,77 @@ def _t5() -> tuple[Any, Any]:
     return T5EncoderModel(config), tokenizer
 
 
+def _roberta_like(name: str) -> tuple[Any, Any]:
+    """Of 26 positions 24 are read: the first two are for padding."""
+    import transformers
+
+    tokenizer = transformers.RobertaTokenizer().train_new_from_iterator(LINES, 300)
+    tokenizer.model_max_length = int(1e30)
+    more = {"attention_window": 4} if name == "Longformer" else {}
+    config = getattr(transformers, f"{name}Config")(
+        **SIZE,
+        **HEADS,
+        **more,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=26,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    return getattr(transformers, f"{name}Model")(config), tokenizer
+
+
+def _modernbert() -> tuple[Any, Any]:
+    from transformers import ModernBertConfig, ModernBertModel
+
+    _, tokenizer = _bert()
+    special = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    return ModernBertModel(ModernBertConfig(**SIZE, **HEADS, **size, **special)), tokenizer
+
+
+def _siglip(whole: bool) -> tuple[Any, Any]:
+    import transformers
+
+    tokenizer = transformers.T5Tokenizer().train_new_from_iterator(LINES, 100)
+    text = {**SIZE, **HEADS, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    vision = {**SIZE, **HEADS, "image_size": 8, "patch_size": 4}
+    if not whole:
+        return transformers.SiglipTextModel(transformers.SiglipTextConfig(**text)), tokenizer
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    return transformers.SiglipModel(config), tokenizer
+
+
+def _bart_like(name: str) -> tuple[Any, Any]:
+    import transformers
+
+    tokenizer = transformers.RobertaTokenizer().train_new_from_iterator(LINES, 300)
+    tokenizer.model_max_length = int(1e30)
+    halves = ("encoder", "decoder")
+    size = {f"{half}_{what}": 2 for half in halves for what in ("layers", "attention_heads")}
+    size |= {f"{half}_ffn_dim": 32 for half in halves}
+    size |= {f"max_{half}_position_embeddings": 24 for half in halves} if name == "LED" else {}
+    more = {"attention_window": 4} if name == "LED" else {"max_position_embeddings": 24}
+    config = getattr(transformers, f"{name}Config")(
+        **size, **more, d_model=16, vocab_size=len(tokenizer)
+    )
+    return getattr(transformers, f"{name}Model")(config), tokenizer
+
+
 KINDS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "bert": _bert,
     "clip_text": _clip_text,
     "clip": _clip,
     "t5": _t5,
+    "siglip_text": partial(_siglip, whole=False),
+    "siglip": partial(_siglip, whole=True),
+    "modernbert": _modernbert,
+    "bart": partial(_bart_like, "Bart"),
+    "led": partial(_bart_like, "LED"),
+    "roberta": partial(_roberta_like, "Roberta"),
+    "camembert": partial(_roberta_like, "Camembert"),
+    "xlm_roberta": partial(_roberta_like, "XLMRoberta"),
+    "longformer": partial(_roberta_like, "Longformer"),
+    "mpnet": partial(_roberta_like, "MPNet"),
 }
 
 

@@ -1,8 +1,12 @@
 """Rows, order and pictures of the data modules."""
 
+import csv
 import io
 import json
+import os
 import pickle
+import shutil
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -238,7 +242,9 @@ def test_rows_travel_as_their_file(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(told).__getitems__(draw).x, rows.__getitems__(draw).x)
 
 
-def fit(data: DataModule, steps: int, folder: Path, checkpoint: str | None = None) -> Recorder:
+def fit(
+    data: DataModule, steps: int, folder: Path, checkpoint: str | None = None, **limits: float
+) -> Recorder:
     saver = L.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -250,6 +256,7 @@ def fit(data: DataModule, steps: int, folder: Path, checkpoint: str | None = Non
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
+        **limits,  # type: ignore[arg-type]
     )
     module = Recorder()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
@@ -268,6 +275,33 @@ def test_a_resumed_run_sees_what_it_would_have_seen(
     assert len(whole) == 13 and resumed == whole[5:]
     assert whole == [Order(rows, 4).draw(b).rows.tolist() for b in range(13)]
     assert not any("not resumable" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize(
+    ("limits", "count"),
+    [
+        ({"overfit_batches": 1}, 1),
+        ({"overfit_batches": 2}, 2),
+        ({"overfit_batches": 5}, 5),  # more than an epoch has
+        ({"overfit_batches": 0.7}, 2),
+        ({"limit_train_batches": 2}, 2),
+        ({"limit_train_batches": 0.4}, 1),
+        ({"limit_train_batches": 1.0}, None),
+        ({"limit_train_batches": 9}, None),
+        ({}, None),
+    ],
+)
+def test_a_part_of_an_epoch_is_the_same_each_time(
+    limits: dict, count: int | None, tmp_path: Path
+) -> None:
+    def seen(name: str, checkpoint: str | None = None) -> list:
+        data = Numbers(14, batch_size=4, cache_dir=str(tmp_path))  # 3 batches an epoch
+        return fit(data, 11, tmp_path / name, checkpoint, **limits).seen
+
+    whole = seen("whole")
+    stream = [Order(14, 4).draw(b % count if count else b).rows.tolist() for b in range(11)]
+    assert whole == stream
+    assert seen("again", str(tmp_path / "whole" / "step=5.ckpt")) == whole[5:]
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,6 +437,65 @@ def test_grey_pictures() -> None:
     assert pictures.decode(encoded(Pillow.new("RGB", (8, 8), "red")), 8, 1).shape == (1, 8, 8)
 
 
+def deep(kind: str, **kwargs: object) -> dict:
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    return encoded(Pillow.fromarray(levels), kind, **kwargs)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm", "tiff of 32 bits"])
+def test_sixteen_bits_are_scaled_to_eight(kind: str, channels: int) -> None:
+    values = np.arange(64).reshape(8, 8) * 1040
+    if kind == "tiff of 32 bits":
+        image = encoded(Pillow.fromarray(values.astype(np.int32)), "tiff")
+    else:
+        image = encoded(Pillow.fromarray(values.astype(np.uint16)), kind)
+    x = pictures.decode(image, 8, channels)
+    assert x.shape == (channels, 8, 8) and (x == np.rint(values / 257)).all()
+
+
+def chunked(colour: int, pixel: bytes, key: bytes) -> dict:
+    """A PNG of 16 bits a channel, all of one pixel, with a transparent colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        )
+
+    head = (8).to_bytes(4, "big") * 2 + bytes([16, colour, 0, 0, 0])
+    rows = zlib.compress((b"\0" + pixel * 8) * 8)
+    parts = ((b"IHDR", head), (b"tRNS", key), (b"IDAT", rows), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    return {"bytes": data, "path": None}
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3)])
+def test_a_transparent_colour_of_sixteen_bits_is_white(colour: int, channels: int) -> None:
+    pixel, other = b"\x40\x33" * channels, b"\x55\x33" * channels
+    assert (pictures.decode(chunked(colour, pixel, pixel), 8, 3) == 255).all()
+    assert (pictures.decode(chunked(colour, pixel, other), 8, 3) == 64).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"), [(np.float32(0.5), "F"), (np.int32(65536), "I"), (np.int32(-1), "I")]
+)
+def test_deeper_pictures_are_refused(values: np.generic, mode: str, tmp_path: Path) -> None:
+    plain(tmp_path / "p" / "a.png", tmp_path / "p" / "b.png")
+    Pillow.fromarray(np.full((8, 8), values)).save(tmp_path / "p" / "c.tiff")
+    with pytest.raises(UserError, match=f"1 of 3 pictures.*c.tiff: its mode {mode} .*16 bits"):
+        everything(tmp_path / "p", tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr"])
+def test_each_mode_of_eight_bits_keeps_its_colours(mode: str) -> None:
+    colour = Pillow.new("RGB", (8, 8), "white")
+    colour.paste("black", (0, 0, 8, 4))
+    kind = {"CMYK": "tiff", "YCbCr": "jpeg", "PA": "tiff"}.get(mode, "png")
+    source = colour.convert("P").convert("PA") if mode == "PA" else colour.convert(mode)
+    x = pictures.decode(encoded(source, kind), 8, 3).astype(int)
+    assert abs(x - np.asarray(colour).transpose(2, 0, 1)).max() < 3
+
+
 def test_the_middle_is_cut_out() -> None:
     wide = Pillow.new("RGB", (48, 16), "red")
     wide.paste("blue", (16, 0, 32, 16))
@@ -434,12 +527,38 @@ def folder(path: Path, count: int, captions: list | None = None) -> str:
     return str(path)
 
 
+def plain(*files: Path) -> None:
+    """Pictures, each of its own level: the place in the list."""
+    for level, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Pillow.new("RGB", (8, 8), (level, level, level)).save(file)
+
+
+def levels(data: Hub, split: str = "train") -> list[int]:
+    return data.rows(split).x[:, 0, 0, 0].tolist()
+
+
+def everything(path: Path, tmp_path: Path) -> list[int]:
+    """As `reference --pictures` reads a folder."""
+    data = hub(str(path), tmp_path, conditioning=None, split="all", val_split="all")
+    return levels(data)
+
+
 def parquet(path: Path, images: list, **columns: tuple) -> str:
     """A parquet file of encoded images and other columns, each (type, values)."""
     types = {"image": Image(decode=False)} | {name: of for name, (of, _) in columns.items()}
     rows = {"image": images} | {name: values for name, (_, values) in columns.items()}
     Dataset.from_dict(rows, features=Features(types)).to_parquet(path)
     return str(path)
+
+
+def twice(path: str) -> str:
+    """A folder with a parquet file as its training and its test split."""
+    both = Path(path).with_suffix("")
+    both.mkdir()
+    for split in ("train", "test"):
+        shutil.copy(path, both / f"{split}.parquet")
+    return str(both)
 
 
 def images(count: int) -> list[dict]:
@@ -463,6 +582,242 @@ def test_folder_of_images(tmp_path: Path) -> None:
     assert hub(str(tmp_path / "photos"), tmp_path, seed=5).rows("val").values == val.values
 
 
+@pytest.mark.parametrize("word", ["train", "test", "dev", "validation", "eval"])
+def test_words_in_names_are_no_splits(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / f"pics {word} [v1]::x*"
+    names = ["a.png", f"b/{word}/c.JPG", f"steam_{word}_1.png", f"{word}-2.bmp", f"{word}.gif"]
+    plain(*(root / name for name in names))
+    (root / "notes.txt").touch()
+    plain(root / ".hidden.png", root / ".git" / "x.png")
+    assert everything(root, tmp_path) == levels(hub(str(root), tmp_path, conditioning=None,
+        val_split="other")) == sorted(range(5), key=lambda k: names[k])  # fmt: skip
+    said = capsys.readouterr().err
+    assert "5 pictures in" in said and "1 not pictures (notes.txt)" in said
+    assert "2 hidden (.git, .hidden.png)" in said
+
+
+def test_split_folders_are_splits_where_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "p"
+    plain(root / "Train" / "a.png", root / "train" / "b.png", root / "valid" / "c.png")
+    assert everything(root, tmp_path) == [0, 1, 2]
+    data = hub(str(root), tmp_path, conditioning=None, val_split="validation")
+    assert levels(data) == [0, 1] and levels(data, "val") == levels(data, "dev") == [2]
+    hub(str(root), tmp_path, conditioning=None).setup()
+    assert "1 in no split that is read (valid/c.png)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no split 'test'; it has 'train', 'val', 'all'"):
+        hub(str(root), tmp_path, conditioning=None, val_split="test").setup()
+    plain(root / "bus" / "d.png")  # now train is one of several classes
+    assert len(levels(hub(str(root), tmp_path, conditioning=None, val_split="test"))) == 4
+    data = hub(str(root), tmp_path, conditioning=None, val_split="bus")
+    assert levels(data) == [0, 1] and levels(data, "val") == [0]
+
+
+@pytest.mark.parametrize(
+    ("split", "val_split"), [("train", "train"), ("all", "test"), ("train", "all"), ("val", "dev")]
+)
+def test_validation_is_of_other_rows(split: str, val_split: str, tmp_path: Path) -> None:
+    plain(*(tmp_path / "p" / name / "a.png" for name in ("train", "test", "val")))
+    data = hub(str(tmp_path / "p"), tmp_path, conditioning=None, split=split, val_split=val_split)
+    data.rows("train")
+    with pytest.raises(UserError, match=f"'{val_split}' share rows.*name another"):
+        data.setup()
+
+
+def test_linked_folders_are_read_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root, real = tmp_path / "p", tmp_path / "real"
+    plain(root / "car" / "a.png", real / "b.png", real / "deep" / "c.png")
+    (root / "plane").symlink_to("../real")
+    (real / "back").symlink_to(root)
+    (real / "loop").symlink_to(real)
+    (root / "again").symlink_to("car")
+    (root / "linked.png").symlink_to(real / "b.png")
+    assert everything(root, tmp_path) == [0, 1, 1, 2]
+    assert "3 linked to again (again, plane/back, plane/loop)" in capsys.readouterr().err
+    (root / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match="gone.png cannot be read"):
+        everything(root, tmp_path)
+
+
+def test_folders_are_classes(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    plain(root / "car" / "a.png", root / "bus" / "b.png", root / "train" / "c.png")
+    kwargs = {"caption": "label", "val_split": "test"}
+    data = hub(str(root), tmp_path, **kwargs)
+    assert data.rows("train").values == ["bus", "car", "train"] and levels(data) == [1, 0, 2]
+    for split in ("train", "test"):
+        plain(tmp_path / "q" / split / "b" / "x.png", tmp_path / "q" / split / "a" / "x.png")
+    data = hub(str(tmp_path / "q"), tmp_path, **kwargs)
+    data.setup()
+    assert data.names() == data.rows("train").values == data.rows("val").values == ["a", "b"]
+    plain(root / "lies_outside.png")
+    with pytest.raises(UserError, match="no column 'label'"):
+        hub(str(root), tmp_path, **kwargs).rows("train")
+
+
+def captioned(path: Path, name: str, text: str | bytes, pictures: int = 3) -> str:
+    plain(*(path / f"p{k}.png" for k in range(pictures)))
+    (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+WORDS = [
+    "null",
+    "NA",
+    "none",
+    "007",
+    "1e5",
+    "true",
+    "nan",
+    "2020-01-01",
+    "a, b",
+    'a "b"',
+    "é\u2028",
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_captions_are_as_typed(kind: str, tmp_path: Path) -> None:
+    rows = [(f"p{k}.png", word) for k, word in enumerate(WORDS)]
+    path, text = tmp_path / "p", io.StringIO()
+    if kind == "csv":
+        csv.writer(text).writerows([("file_name", "caption"), *rows])
+    lines = "\n".join(json.dumps({"file_name": a, "caption": b}) for a, b in rows)
+    said = "\ufeff" + (text.getvalue() if kind == "csv" else lines)  # the mark of some editors
+    captioned(path, f"metadata.{kind}", said, len(WORDS))
+    if kind == "parquet":
+        columns = {"file_name": [a for a, _ in rows], "caption": WORDS}
+        Dataset.from_dict(columns).to_parquet(path / "metadata.parquet")
+    data = hub(str(path), tmp_path, val_split="other")
+    found = dict(zip(levels(data), data.rows("train").values, strict=True))
+    assert [found[k] for k in range(len(WORDS))] == WORDS
+
+
+def test_metadata_may_lie_below_and_name_windows_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "p"
+    captioned(root / "train", "metadata.csv", "file_name,caption\nsub\\q.png,q\n./p1.png,one\n")
+    plain(root / "train" / "sub" / "q.png")
+    captioned(root / "test", "metadata.jsonl", '{"file_name": "p2.png", "caption": "two"}\n\n')
+    data = hub(str(root), tmp_path, val_split="test")
+    assert data.rows("train").values == ["one", "q"] and data.rows("val").values == ["two"]
+    assert (
+        "4 not in the metadata (test/p0.png, test/p1.png, train/p0.png, …)"
+        in capsys.readouterr().err
+    )
+    assert len(everything(root, tmp_path)) == 7
+
+
+LINE = '{"file_name": "p0.png", "caption": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("metadata.jsonl", LINE + '{"file_name"\n', "metadata.jsonl, line 2.*not JSON"),
+        ("metadata.jsonl", LINE + '["p1.png"]\n', "line 2.*no object"),
+        ("metadata.jsonl", "\n" + LINE + LINE, "line 3.*lists 'p0.png' again, after line 2"),
+        ("metadata.jsonl", LINE.replace("p0", "p7"), "line 1.*'p7.png', which is no picture"),
+        ("metadata.jsonl", LINE.replace("p0", "../q/p0"), r"'../q/p0.png', which lies outside"),
+        ("metadata.jsonl", LINE.replace("p0", "..\\\\q"), "which lies outside"),
+        ("metadata.jsonl", LINE.replace("p0", "/etc/q"), "which lies outside"),
+        ("metadata.jsonl", LINE.replace('"p0.png"', "7"), "line 1.*has 7 as file_name"),
+        ("metadata.jsonl", '{"name": 1, "caption": 2}', "no column 'file_name'.*'name'"),
+        ("metadata.jsonl", LINE.replace("caption", "image"), "column 'image'.*rename"),
+        ("metadata.jsonl", LINE + LINE.replace("p0", "p1").replace('"a"', "7"), "'caption'.*as s"),
+        ("metadata.jsonl", LINE.replace('"a"', '["a", "b"]'), "'caption' holds List.*strings"),
+        ("metadata.jsonl", LINE.replace('"a"', '""'), r"no caption.*row 0 .*p0.png"),
+        ("metadata.jsonl", LINE.replace("caption", "title"), "no column 'caption'.*'title'"),
+        ("metadata.jsonl", LINE.encode() + b"\xe9", "line 2.*not UTF-8"),
+        ("metadata.jsonl", "", "'train'.*no rows.*metadata"),
+        ("metadata.csv", "file_name,caption\np0.png\n", "csv, line 2.*1 fields.*line 1 2"),
+        ("metadata.csv", 'file_name,caption\np0.png,"a\n', "metadata.csv, line 2.*not CSV"),
+        ("metadata.csv", "file;caption\np0.png;a\n", "line 1.*'file_name' among.*'file;caption'"),
+        ("metadata.csv", "file_name,a,a\n", "line 1.*each once"),
+        ("metadata.parquet", "no", "metadata.parquet is not a parquet file"),
+    ],
+)  # fmt: skip
+def test_each_mistake_in_metadata_has_its_sentence(
+    name: str, text: str | bytes, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        hub(captioned(tmp_path / "p", name, text), tmp_path, val_split="other").rows("train")
+
+
+def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
+    path = captioned(tmp_path / "p", "metadata.jsonl", LINE)
+    captioned(tmp_path / "p", "metadata.csv", "file_name,caption\np0.png,a\n")
+    with pytest.raises(UserError, match="metadata.csv and metadata.jsonl; keep one"):
+        hub(path, tmp_path).setup()
+
+
+def test_what_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    """A picture, metadata and a parquet file, of the same size and with their old time."""
+
+    def replace(file: Path, content: bytes) -> None:
+        old = file.stat()
+        assert old.st_size == len(content)
+        file.write_bytes(content)
+        os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+    root = Path(captioned(tmp_path / "p", "metadata.jsonl", LINE))
+    read = lambda: hub(str(root), tmp_path, val_split="other").rows("train")  # noqa: E731
+    assert (read().x == 0).all() and read().values == ["a"]
+    for file, level in ((root / "p0.bmp", 1), (root / "new.bmp", 2)):
+        Pillow.new("RGB", (8, 8), (level,) * 3).save(file)
+    (root / "metadata.jsonl").write_text(LINE.replace("png", "bmp"))
+    assert (read().x == 1).all()
+    replace(root / "p0.bmp", (root / "new.bmp").read_bytes())
+    replace(root / "metadata.jsonl", LINE.replace("png", "bmp").replace('"a"', '"b"').encode())
+    assert (read().x == 2).all() and read().values == ["b"]
+    text = Value("string")
+    file = Path(parquet(tmp_path / "a.parquet", images(4), caption=(text, list("abcd"))))
+    other = parquet(tmp_path / "b.parquet", images(4), caption=(text, list("efgh")))
+    assert hub(str(file), tmp_path, val_split="other").rows("train").values == list("abcd")
+    replace(file, Path(other).read_bytes())
+    assert hub(str(file), tmp_path, val_split="other").rows("train").values == list("efgh")
+
+
+@pytest.mark.parametrize("spoil", ["flip", "flip header", "cut", "empty", "foreign", "other"])
+def test_a_spoilt_map_is_made_anew(spoil: str, tmp_path: Path) -> None:
+    path = folder(tmp_path / "photos", 4)
+    read = lambda size=8: hub(path, tmp_path, conditioning=None, size=size).rows("train").x  # noqa: E731
+    right = read().copy()
+    (file,) = (tmp_path / "cache" / "pictures").iterdir()
+    whole = bytearray(file.read_bytes())
+    read(9)
+    (another,) = set((tmp_path / "cache" / "pictures").iterdir()) - {file}
+    flipped = {k: whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :] for k in (20, 300)}
+    file.write_bytes({
+        "flip": flipped[300], "flip header": flipped[20], "cut": whole[:400], "empty": b"",
+        "foreign": b"PK not a map", "other": another.read_bytes(),
+    }[spoil])  # fmt: skip
+    with pytest.warns(UserWarning, match=f"{file} are made anew"):
+        assert (read() == right).all()
+    assert file.read_bytes() == whole
+
+
+def test_parquet_files_in_no_split_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a", "steam_train"):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        parquet(tmp_path / "p" / f"{name}.parquet", images(4))
+    hub(str(tmp_path / "p"), tmp_path, conditioning=None).setup()
+    assert "1 of 2 files in" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "p", tmp_path / "p [v1]")
+    for path in (tmp_path / "p [v1]", tmp_path / "p [v1]" / "a.parquet"):
+        with pytest.raises(UserError, match=r"takes '\[' in .*p \[v1\].*rename"):
+            hub(str(path), tmp_path, conditioning=None).setup()
+
+
+def test_all_of_parquet_files_is_every_split(tmp_path: Path) -> None:
+    path = twice(parquet(tmp_path / "a.parquet", images(4)))
+    assert everything(Path(path), tmp_path) == [0, 10, 20, 30] * 2
+
+
 def test_parquet_file_list_and_pattern(tmp_path: Path) -> None:
     text = Value("string")
     for name in "ab":
@@ -470,13 +825,14 @@ def test_parquet_file_list_and_pattern(tmp_path: Path) -> None:
     pattern, listed = str(tmp_path / "*.parquet"), [str(tmp_path / f"{n}.parquet") for n in "ba"]
     assert len(hub(str(tmp_path / "a.parquet"), tmp_path).rows("train").x) == 3
     assert len(hub(pattern, tmp_path).rows("train").x) == 7
-    assert hub(listed, tmp_path, val_split="train").rows("val").values == ["b"] * 4 + ["a"] * 4
+    rows = hub(listed, tmp_path, val_split="test").rows("train")
+    assert rows.values == ["b"] * 4 + ["a"] * 4
 
 
 def test_class_column_gives_names(tmp_path: Path) -> None:
     labels = (ClassLabel(names=["cat", "dog"]), [0, 1, 1, 0])
-    path = parquet(tmp_path / "a.parquet", images(4), label=labels)
-    kwargs = {"caption": "label", "val_split": "train", "batch_size": 4}
+    path = twice(parquet(tmp_path / "a.parquet", images(4), label=labels))
+    kwargs = {"caption": "label", "val_split": "test", "batch_size": 4}
     data = hub(path, tmp_path, conditioning=Classes(["cat", "dog"]), **kwargs)
     assert data.rows("val").values == ["cat", "dog", "dog", "cat"]
     data.setup()
@@ -487,11 +843,11 @@ def test_class_column_gives_names(tmp_path: Path) -> None:
 def test_classes_take_their_names_from_the_data(tmp_path: Path) -> None:
     labels = ClassLabel(names=["dog", "cat", "cow"]), [0, 1, 1, 0]  # in the order of the column
     captions = Value("string"), ["a dog", "a cat", "a cat", "a dog"]  # sorted
-    path = parquet(tmp_path / "a.parquet", images(4), label=labels, caption=captions)
+    path = twice(parquet(tmp_path / "a.parquet", images(4), label=labels, caption=captions))
     for column, names in (("label", ["dog", "cat", "cow"]), ("caption", ["a cat", "a dog"])):
         classes = Classes()
         assert classes.open
-        data = hub(path, tmp_path, conditioning=classes, caption=column, val_split="train")
+        data = hub(path, tmp_path, conditioning=classes, caption=column, val_split="test")
         assert data.sizes()["u_dim"] == len(names)
         assert classes.names == names and not classes.open
         assert describe(classes)["init_args"] == {"names": names}  # as a checkpoint keeps it
@@ -519,7 +875,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="channels is 2; it must be 3"):
         hub(good, tmp_path, channels=2)
     one = parquet(tmp_path / "one.parquet", images(1), caption=(text, ["a"]))
-    with pytest.raises(UserError, match="no rows for 'train'"):
+    with pytest.raises(UserError, match="one picture, which is held out.*data.val_split"):
         hub(one, tmp_path).setup()
 
 
@@ -528,8 +884,8 @@ def test_an_empty_caption_is_named(empty: str | None, tmp_path: Path) -> None:
     column = (Value("string"), ["a", "b", empty, "d"])
     path = parquet(tmp_path / "a.parquet", images(4), caption=column)
     with pytest.raises(UserError, match="1 of 4 rows have no caption.*row 2"):
-        hub(path, tmp_path, val_split="train").setup()
-    hub(path, tmp_path, conditioning=None, val_split="train").setup()
+        hub(path, tmp_path, val_split="test").rows("train")
+    hub(path, tmp_path, conditioning=None, val_split="test").rows("train")
 
 
 @pytest.mark.parametrize("broken", [b"no picture", images(1)[0]["bytes"][:40], None])
@@ -538,7 +894,7 @@ def test_unreadable_pictures_are_named(broken: bytes | None, tmp_path: Path) -> 
     rows[3] = {"bytes": broken, "path": None} if broken else None
     path = parquet(tmp_path / "a.parquet", rows, caption=(Value("string"), list("abcde")))
     with pytest.raises(UserError, match="1 of 5 pictures.*row 3"):
-        hub(path, tmp_path, val_split="train").setup()
+        hub(path, tmp_path, val_split="test").rows("train")
     assert not list((tmp_path / "cache" / "pictures").iterdir())
 
 
@@ -558,11 +914,19 @@ def test_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(UserError, match="is not there"):
             hub(path, tmp_path).setup()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty.* cannot be loaded.*data files"):
+    with pytest.raises(UserError, match="empty.*holds no pictures.* but nothing"):
         hub(str(tmp_path / "empty"), tmp_path).setup()
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UserError, match="not a parquet file"):
-        hub(str(tmp_path / "a.txt"), tmp_path).setup()
+    for name in ("a.txt", "metadata.csv", "a.json"):
+        (tmp_path / "empty" / name).write_text("a")
+        with pytest.raises(UserError, match="not a parquet file"):
+            hub(str(tmp_path / "empty" / name), tmp_path).setup()
+    with pytest.raises(UserError, match="holds no pictures.* but 'metadata.csv', 'a.json', 'a.t"):
+        hub(str(tmp_path / "empty"), tmp_path).setup()
+    with pytest.raises(UserError, match="000.png' is one picture; give the folder"):
+        hub(folder(tmp_path / "p", 1) + "/000.png", tmp_path).setup()
+    for nothing in ("", " ", []):
+        with pytest.raises(UserError, match="data.path is"):
+            hub(nothing, tmp_path).setup()
 
 
 def test_offline_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

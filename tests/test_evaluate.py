@@ -17,7 +17,7 @@ import torch
 from encoders import tiny_encoder
 from PIL import Image
 from test_adherence import PROCESSOR
-from test_tracking import records
+from test_tracking import apart, records
 from tiny import ROOT, fit
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -318,8 +318,10 @@ def test_a_result_says_what_it_is_to_be_compared_with(
     )
     second = evaluate(run, tmp_path / "s.json", "--number", "9", "--seed", "12")  # 3 + 9
     assert second["frechet"] == of_each[1] and second["spread"] is None
-    first = evaluate(run, tmp_path / "s.json", "--number", "9", "--seed", "3")
-    assert first["frechet"] == of_each[0]  # what the file held is of another seed
+    first = evaluate(run, tmp_path / "t.json", "--number", "9", "--seed", "3")
+    assert first["frechet"] == of_each[0]
+    assert main(command(run, "--out", str(tmp_path / "t.json"), "--number", "9")) == 2
+    assert "t.json holds another result" in capsys.readouterr().err
 
 
 def test_classes_and_pictures_without_any(
@@ -409,7 +411,8 @@ def test_wandb_holds_table_and_summary(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told = evaluate(run, tmp_path / "r.json", "--number", "6", "--wandb")
+    apart(command(run, "--out", str(tmp_path / "r.json"), "--number", "6", "--wandb"))
+    told = json.loads((tmp_path / "r.json").read_text())
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     summary, config = {}, {}
     for record in records(file):

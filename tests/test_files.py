@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,33 +41,53 @@ def test_whoever_ends_last_is_kept(tmp_path: Path) -> None:
 
 def test_a_new_folder_holds_no_results(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
-    assert new_folder(str(folder), ["*.png"]) == folder and not list(folder.iterdir())
-    (folder / "notes.txt").touch()
-    assert new_folder(str(folder), ["*.png"]) == folder  # these are no results
-    (folder / "00000.png").touch()
-    with pytest.raises(UserError, match="--out .*out holds results already; name another"):
-        new_folder(str(folder), ["*.csv", "*.png"])
+    with new_folder(str(folder), ["*.png"]) as made:
+        assert made == folder and not list(folder.iterdir())
+    assert not folder.exists()  # nothing came of it
+    with new_folder(str(folder), ["*.png"]):
+        (folder / "notes.txt").touch()
+    with new_folder(str(folder), ["*.png"]) as made:  # these are no results
+        assert made == folder
+        (folder / "00000.png").touch()
+    with (
+        pytest.raises(UserError, match="--out .*out holds results already; name another"),
+        new_folder(str(folder), ["*.csv", "*.png"]),
+    ):
+        pass
+
+
+def test_an_empty_folder_of_ones_own_stays(tmp_path: Path) -> None:
+    with new_folder(str(tmp_path), []):
+        pass
+    assert tmp_path.exists()
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for out in ("file", "file/below"):
-        with pytest.raises(UserError, match=f"--out .*{out} cannot be written to: .*; name anoth"):
-            new_folder(str(tmp_path / out), [])
+        with (
+            pytest.raises(UserError, match=f"--out .*{out} cannot be written to: .*; name anoth"),
+            new_folder(str(tmp_path / out), []),
+        ):
+            pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_of_someone_else(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     for out in (tmp_path, tmp_path / "below"):
-        with pytest.raises(UserError, match="cannot be written to: Permission denied"):
-            new_folder(str(out), [])
+        with (
+            pytest.raises(UserError, match="cannot be written to: Permission denied"),
+            new_folder(str(out), []),
+        ):
+            pass
 
 
 def test_folders_of_one_second_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda _: "now")
-    found = [new_folder(None, ["*"]) for _ in range(3)]
+    with ExitStack() as stack:
+        found = [stack.enter_context(new_folder(None, ["*"])) for _ in range(3)]
     assert found == [Path(f"outputs/now{end}") for end in ("", "-2", "-3")]
 
 

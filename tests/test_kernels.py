@@ -41,7 +41,7 @@ LAWS: list[Law] = [
     Banana(0.3, 2.0),
     Funnel(3, 1.5),
 ]
-EXACT: list[Kernel] = [Metropolis(0.7), MALA(0.15), HMC(0.4, 5), NUTS(0.4, 5)]
+EXACT: list[Kernel] = [Metropolis(0.7), MALA(0.15), HMC(0.4, 5), HMC(0.4, 5, 0.0), NUTS(0.4, 5)]
 STEPS = {Metropolis: 60, MALA: 60, HMC: 15, NUTS: 10}
 CHAINS, TRUTH = 2000, 20_000
 P = 1e-3  # a law is rejected below; the draws are seeded, so a test that passes keeps passing
@@ -276,6 +276,44 @@ def test_noise_bias_and_step_bias(kernel: Kernel, slope: float, variance: float)
     # at most, and the nearest two of the four are 0.0009 apart by design: clean score and half-
     # denoising agree to first order
     assert x.var().item() == pytest.approx(variance, abs=4 * variance * math.sqrt(2 / n))
+
+
+def test_half_denoising_has_the_bias_of_its_step() -> None:
+    """v = a² (v + σ²) with a = 1 − σ² / 2 (1 + σ²): (v − 1) / σ² → 1/4, not 0."""
+    for sigma in (0.1, 0.01):
+        a = 1 - sigma**2 / (2 * (1 + sigma**2))
+        v = a**2 * sigma**2 / (1 - a**2)
+        # the next order is some σ², and 1 − a² loses digits: eps / σ⁴
+        assert (v - 1) / sigma**2 == pytest.approx(0.25, abs=sigma**2)
+        y = HalfDenoising(sigma).step(Linear(1 / (1 + sigma**2)), State(torch.ones(1, 1)), Still())
+        assert y[0].x.item() == pytest.approx(a, rel=1e-6)  # float32
+
+
+class Still(Noise):
+    """No noise."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+
+def squares(kernel: Kernel) -> float:
+    """The autocorrelation of x² from a step to the next, on N(0, 1)."""
+    law = Gaussian([0.0], [1.0])
+    x = exact(law, 20_000, "x")
+    y = last(kernel, law, x, 1)
+    return torch.corrcoef(torch.cat((x, y), dim=1).mT.square())[0, 1].item()
+
+
+@pytest.mark.parametrize("half_periods", [1, 2])
+def test_jitter_breaks_the_resonance_of_a_fixed_length(half_periods: int) -> None:
+    """Half a period of N(0, 1) is π: the leapfrog of step ε has 2 arcsin(ε / 2) for ε."""
+    step = 2 * math.sin(half_periods * math.pi / 10 / 2)
+    assert squares(HMC(step, 10, jitter=0.0)) > 0.999
+    # cos² of a length spread evenly over [l / 2, 3 l / 2] is 1/2 on average, a correlation of 0.5
+    assert squares(HMC(step, 10)) < 0.6
 
 
 def test_one_step_is_its_formula() -> None:

@@ -144,6 +144,22 @@ def test_density_is_normalised(kind: str, mixture: GaussianMixture) -> None:
     assert abs(total - 1) < 0.02, total  # of order 2 in the step; the sum's own error is 1e-5
 
 
+@pytest.mark.parametrize("schedule", [VP(), Cosine(), VE(), Rectified()], ids=named)
+def test_excess_of_few_steps(schedule: Schedule) -> None:
+    """The integral is 1 in the limit only: above it, by a quarter with twice the steps."""
+    law = GaussianMixture(
+        torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64), [0.3, 0.5, 0.1], [0.2, 0.5, 0.3]
+    )
+    x = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+    denoiser = ScoreDenoiser(law, schedule)
+    few, default = (
+        torch.trapezoid(Likelihood(n, None)(denoiser, x[:, None], None, Noise(0)).exp(), x) - 1
+        for n in (64, 128)
+    )
+    assert 0.005 < few < 0.013 and 0.001 < default < 0.0035  # as it is stated
+    assert few / default == pytest.approx(4, abs=0.2)  # of order 2; the next order's share
+
+
 class Quadratic(Network):
     r"""The output :math:`f = A(s) z` that makes `Energy` the energy of a Gaussian about 0 of any
     covariance C.

@@ -1,6 +1,7 @@
 """Runs: adaptation and its freezing, diagnostics, and what is said when something goes wrong."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -123,6 +124,44 @@ def test_dual_averaging_is_as_published() -> None:
         assert state.log_average == pytest.approx(average, rel=1e-12)
 
 
+class Flat(Target):
+    """All points are alike: every step is accepted."""
+
+    def score(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x))
+
+
+class Point(Target):
+    """There is one point: no step is accepted."""
+
+    def score(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return torch.where((x == 0).all(dim=1), 0.0, -torch.inf).to(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*diverged in")
+@pytest.mark.parametrize("kernel", [Metropolis(), MALA(), HMC(0.1, 3), NUTS(0.1, 3)], ids=of)
+def test_steps_stay_numbers_where_all_or_none_are_accepted(kernel: Kernel) -> None:
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    for law, accepted in ((Flat(), 1.0), (Point(), 0.0)):
+        drawn = run(law, kernel, x, 10, 1000, Noise("extreme"))
+        assert drawn.acceptance is not None
+        # MALA's proposal and its way back differ by rounding, far from 0
+        assert drawn.acceptance.mean().item() == pytest.approx(accepted, abs=0.01)
+        assert abs(math.log(drawn.kernel.step_size)) <= 30 and drawn.x.isfinite().all()
+    averaging = DualAveraging(0.8)
+    for acceptance in (0.0, 1.0):
+        state = averaging.init(0.1)
+        for _ in range(100_000):
+            state = averaging.update(state, acceptance)
+        assert abs(state.log_step) == 30 and abs(state.log_average) <= 30
+
+
 @pytest.mark.parametrize("aim", [0.0, 1.0, -0.2])
 def test_an_aim_is_a_probability(aim: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -180,10 +219,32 @@ def test_chains_apart_are_warned_of() -> None:
     x[:, 0, 1] += 1
     with pytest.warns(UserWarning, match=r"R-hat is 1\.\d+ in coordinate 1, above 1.01"):
         summarise(x)
-    with pytest.warns(UserWarning, match="R-hat is nan"):
-        summarise(torch.zeros(200, 4, 1))
     with pytest.raises(ValueError, match="at least 4"):
         summarise(x[:3])
+
+
+def warned(x: Tensor) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summarise(x)
+    return [str(warning.message) for warning in caught]
+
+
+def test_one_chain_and_chains_that_never_move_are_told_in_words() -> None:
+    """And by nothing else: NumPy's warnings of 0 / 0 are not for people."""
+    x = Noise("words").normal(torch.zeros(200, 4, 2, dtype=torch.float64))
+    assert warned(x) == []
+    (one,) = warned(x[:, :1])
+    assert "R-hat needs at least two chains, and there is one" in one
+    still = x.clone()
+    still[:, 1:3, 1] = 0.5
+    few = warned(still)
+    assert few[0].startswith("2 of 4 chains never moved in coordinate 1") and len(few) <= 2
+    (none,) = warned(torch.zeros(200, 4, 1))
+    assert none.startswith("4 of 4 chains never moved in coordinate 0")
+    apart = warned(torch.arange(4.0).expand(200, 1, 4).mT)
+    assert apart[0].startswith("4 of 4 chains never moved") and "nan" not in "".join(apart)
+    assert len(warned(torch.zeros(200, 1, 1))) == 2
 
 
 @pytest.mark.filterwarnings("ignore:R-hat")  # so few draws

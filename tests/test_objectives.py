@@ -568,6 +568,23 @@ def test_two_devices_have_the_losses_of_one_without_levels(
     assert torch.allclose(torch.cat(parts), whole, rtol=1e-9)
 
 
+def test_signs_have_no_variance_where_the_jacobian_is_diagonal() -> None:
+    """And 2 Σ_{i≠j} S_ij², S the symmetric part, where it is not, in closed form."""
+    n, d = 40_000, 3
+    x = Noise("x").normal(torch.zeros(n, d, dtype=torch.float64)).requires_grad_()
+    diagonal = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    full = torch.diag(diagonal) + torch.tensor(
+        [[0, 0.4, 0], [0.2, 0, -0.6], [0, 0, 0]], dtype=torch.float64
+    )
+    for jacobian in (torch.diag(diagonal), full):
+        traces = SlicedScoreMatching().trace(x @ jacobian.mT, x, Noise("signs"), False)
+        symmetric = (jacobian + jacobian.mT) / 2
+        variance = 2 * (symmetric.square().sum() - diagonal.square().sum()).item()
+        # 4 standard errors of a mean, and of a variance whose kurtosis is at most 9
+        assert traces.mean().item() == pytest.approx(1.5, abs=4 * (variance / n) ** 0.5 + 1e-12)
+        assert traces.var().item() == pytest.approx(variance, abs=0.06 * variance + 1e-24)
+
+
 def test_what_an_objective_needs_is_one_sentence() -> None:
     x, u = torch.zeros(2, 2), Condition(torch.eye(3)[:2][:, None])
     network, contrast = MLP(2, 3, width=8, depth=1), GaussianMixture([[0.0, 0.0]], [1.0])

@@ -54,20 +54,84 @@ def test_parts_can_be_swapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "warning: R-hat" in capsys.readouterr().err
 
 
-def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from torch import Tensor\n\n\n"
-        "def log_prob(x: Tensor) -> Tensor:\n    return -(x**4).sum(dim=1)\n"
-    )
+MINE = """
+import torch
+
+
+def log_prob(x):
+    return -(x**4).sum(dim=1)
+
+
+class Quartic:
+    def log_prob(self, x):
+        return log_prob(x)
+
+    def __call__(self, x):
+        return log_prob(x)
+
+
+quartic = Quartic()
+gamma = torch.distributions.Gamma(torch.tensor([2.0, 3.0]), 1.0)
+
+
+def total(x):
+    return -(x**2).sum()
+"""
+
+
+def own(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line that draws from a function of mine.py."""
+    (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "target:\n  class_path: pipeline.mcmc.Density\n  init_args:\n    function: mine.log_prob\n"
+        f"target:\n  class_path: pipeline.mcmc.Density\n  init_args:\n    function: {function}\n"
         "kernel:\n  class_path: pipeline.mcmc.NUTS\n"
     )
-    args = ["sample", "-c", str(file), *SMALL, "--out", str(tmp_path / "out")]
-    assert main([*args, "--dim", "2"]) == 0
-    assert drawn(tmp_path / "out")[0]["x"].shape == (20, 3, 2)
+    return ["sample", "-c", str(file), *SMALL, "--dim", "2", "--out"]
+
+
+@pytest.mark.parametrize("name", ["log_prob", "quartic.log_prob", "quartic", "gamma.log_prob"])
+def test_a_function_of_ones_own(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = own(f"mine.{name}", tmp_path, monkeypatch)
+    assert main([*line, str(tmp_path / "out")]) == 0
+    x = drawn(tmp_path / "out")[0]["x"]
+    assert x.shape == (20, 3, 2) and (x > 0).all() == (name == "gamma.log_prob")
+    # what was written down names it as it was named, and draws the same again
+    again = ["sample", "-c", str(tmp_path / "out" / "config.yaml"), "--out", str(tmp_path / "b")]
+    assert main(again) == 0 and torch.equal(drawn(tmp_path / "b")[0]["x"], x)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mine.total", "mine.total gave a tensor of torch.float64 with shape () for x with shape"),
+        ("mine.gamma", "is mine.gamma; expected the path of a function"),
+        ("mine.totl", "did you mean total"),
+    ],
+)
+def test_a_function_that_is_no_density_is_named(
+    name: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*own(name, tmp_path, monkeypatch), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "error: " in err and reason in err and "Traceback" not in err
+
+
+def test_one_chain_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["sample", "-c", str(ROOT / "conf/sample/mixture.yaml"), *SMALL, "--chains", "1"]
+    assert main([*line, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    warned = [line for line in err.splitlines() if "arning" in line]
+    assert len(warned) == 1 and "R-hat needs at least two chains" in warned[0]
+    assert "nan" not in out
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,37 @@ def test_heun_step(schedule: Schedule, mixture: GaussianMixture) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_few_heun_steps_do_not_overshoot(schedule: Schedule, mixture: GaussianMixture) -> None:
+    """Where the noise falls more than tenfold in a step, the step is Euler's."""
+    denoiser = ScoreDenoiser(mixture, schedule)
+    truth = exact(mixture, None, N, "truth")
+    for n in (2, 3, 4, 6, 8):
+        heun, ddim = (
+            sampler(denoiser, empty(N), None, Noise("few")) for sampler in (Heun(n), DDIM(n))
+        )
+        # without it up to 2000 at n = 2, and 8 at n = 4; the mixture reaches 1.3
+        assert heun.abs().max() < 3
+        assert energy_distance(heun, truth) < 3 * energy_distance(ddim, truth)  # at most 2.1
+        if n < 4:
+            assert torch.allclose(heun, ddim, rtol=1e-9, atol=1e-9)
+    ratios = schedule.ratio(Heun().grid(schedule))
+    assert (ratios[:-1] / ratios[1:]).max() < 9  # the default has no such step
+
+
+def test_a_long_heun_step_on_a_gaussian() -> None:
+    """D = y v / (v + r²) in closed form: Heun's factor at a ratio up to 10, Euler's above it."""
+    schedule, v = VE(1e-3, 1e3), 1.0
+    denoiser = ScoreDenoiser(GaussianMixture([[0.0]], [1.0]), schedule)
+    for r_t, r_s in ((9.9, 1.0), (10.1, 1.0), (3e2, 1e-2)):
+        t, s = (schedule.time(torch.tensor(r, dtype=torch.float64)) for r in (r_t, r_s))
+        euler = (v + r_s * r_t) / (v + r_t**2)
+        slopes = r_t / (v + r_t**2) + euler * r_s / (v + r_s**2)
+        expected = euler if r_t > 10 * r_s else 1 - (r_t - r_s) * slopes / 2
+        found = Heun().step(denoiser, State(empty(1, 1) + 1), t, s, None, Noise(0)).x.item()
+        assert found == pytest.approx(expected, rel=1e-8)  # times are known to eps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 def test_dpm_solver_step(schedule: Schedule) -> None:
     """Algorithm 2 of Lu et al. for D = a + b λ, whose value in the middle of a step is known."""
     a, b = 0.3, -0.2

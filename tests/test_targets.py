@@ -8,15 +8,28 @@ import torch
 from scipy import stats
 from torch import Tensor
 from torch.distributions import (
+    Beta,
     Categorical,
+    Dirichlet,
+    Distribution,
+    Exponential,
+    Gamma,
+    HalfCauchy,
+    HalfNormal,
     Independent,
+    LogNormal,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
+    Poisson,
+    Uniform,
 )
 
 from pipeline.condition import Condition
+from pipeline.errors import UserError
 from pipeline.mcmc import (
+    HMC,
+    NUTS,
     Banana,
     Density,
     Funnel,
@@ -28,6 +41,9 @@ from pipeline.mcmc import (
     Scaled,
     StudentT,
     Target,
+    run,
+    sample,
+    unbounded,
 )
 from pipeline.noise import Noise
 
@@ -316,6 +332,112 @@ def test_density_takes_a_function_and_a_distribution() -> None:
     assert torch.allclose(coordinates.log_prob(x), whole, rtol=CLOSE)
     picture = Density(Normal(0, 1).log_prob)
     assert picture.log_prob(torch.zeros(2, 1, 3, 3)).shape == (2,)
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+BOUNDED: list[Distribution] = [
+    Gamma(double(2.0, 0.8), double(1.0, 3.0)),
+    Beta(double(0.7, 3.0), double(1.5, 2.0)),
+    Uniform(double(-1.0, 2.0), double(1.0, 2.5)),
+    HalfNormal(double(2.0, 1.0)),
+    HalfCauchy(double(1.0, 0.5)),
+    LogNormal(double(0.0, 1.0), double(1.0, 0.3)),
+    Independent(Exponential(double(2.0, 0.5)), 1),
+    Dirichlet(double(2.0, 0.8, 3.0)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:NUTS diverged")  # after so short a warm-up
+@pytest.mark.parametrize("law", BOUNDED, ids=lambda law: type(law).__name__)
+def test_a_bounded_law_is_drawn_in_its_support(law: Distribution) -> None:
+    """Chains that start with the law have it after some steps too: by Kolmogorov and Smirnov."""
+    density = Density(law.log_prob)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        start, truth = law.sample(torch.Size([2000])), law.sample(torch.Size([20_000]))
+    x = run(density, HMC(0.4, 4), start, 15, 0, Noise("bounded")).x[-1]
+    assert (x - start).abs().median() > 0.05  # they did not stay where they were
+    assert density.dim == law.sample().shape[-1] and Density(law).dim == density.dim
+    assert law.support.check(x).all()  # type: ignore[union-attr]
+    for column, true in zip(x.unbind(1), truth.unbind(1), strict=True):
+        # seeded; one level for all some 20 columns, by Bonferroni
+        assert stats.ks_2samp(column.numpy(), true.numpy()).pvalue > 1e-3 / 20
+    x = sample(density, NUTS(0.5), chains=3, draws=4, warmup=20).x
+    assert x.shape == (4, 3, density.dim) and law.support.check(x).all()  # type: ignore[union-attr]
+
+
+def test_unbounded_coordinates_have_the_stretch_of_their_map() -> None:
+    """z = log x of a Gamma law, z = logit x of a Beta law, in closed form."""
+    a, b, z = 2.5, 1.7, points()[:, :1]
+    gamma = unbounded(Density(Gamma(double(a), double(b)).log_prob)).log_prob(z)
+    expected = a * math.log(b) - math.lgamma(a) + a * z - b * z.exp()
+    assert torch.allclose(gamma, expected[:, 0], rtol=CLOSE, atol=CLOSE)
+    beta = unbounded(Density(Beta(double(a), double(b)).log_prob)).log_prob(z)
+    log_norm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    expected = log_norm + a * log_sigmoid(z) + b * log_sigmoid(-z)
+    assert torch.allclose(beta, expected[:, 0], rtol=1e-10, atol=1e-10)  # 1 − x loses digits
+    plain = Density(Normal(MEAN, 1.0).log_prob)
+    assert unbounded(plain) is plain  # what has no bounds is left alone
+
+
+def test_a_start_out_of_bounds_is_named() -> None:
+    for law, outside in ((Uniform(0.0, 1.0), 2.0), (Gamma(2.0, 1.0), -0.5)):
+        x = torch.tensor([[0.5], [outside]], dtype=torch.float64)
+        with pytest.raises(UserError, match=rf"Chain 1 starts at x = \[{outside:g}\]"):
+            run(Density(law.log_prob), NUTS(0.1), x, 1, 0, Noise(0))
+
+
+def test_a_support_that_is_not_mapped_is_refused() -> None:
+    with pytest.raises(UserError, match="Poisson has the support IntegerGreaterThan.*unbounded"):
+        Density(Poisson(3.0).log_prob)
+    mixture = reference(LINE)
+    assert Density(mixture.log_prob).bounds is None  # a mixture of what has no bounds has none
+
+
+def raises(x: Tensor) -> Tensor:
+    raise KeyError("no such key")
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x.exp()
+    y *= 2
+    return y.mul_(y).sum(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "came"),
+    [
+        (lambda x: -x.square().sum(), r"shape \(\) for x with shape \(3, 2\)"),
+        (lambda x: -x.square().sum(dim=0), r"shape \(2,\) for x with shape \(3, 2\)"),
+        (lambda x: torch.zeros(len(x)), r"shape \(3,\) that does not depend on x"),
+        (lambda x: -x.detach().square().sum(dim=1), "that does not depend on x"),
+        (lambda x: torch.ones(3, requires_grad=True), "gave a tensor of torch.float32"),
+        (lambda x: x.detach().numpy()[:, 0], "gave ndarray"),
+        (lambda x: -x.numpy(), "failed at .*RuntimeError: Can't call numpy"),
+        (lambda x: 1, "gave int 1 for"),
+        (lambda x: None, "gave NoneType None for"),
+        (lambda x: (x.long() + x.sum(dim=1, keepdim=True).long())[:, 0], "torch.int64"),
+        (lambda x: x[:, 0] + 1j, "torch.complex128"),
+        (lambda x, y: x, "failed at .*TypeError: .*missing 1 required"),
+        (raises, "test_targets.raises failed at .*KeyError"),
+        (in_place, "test_targets.in_place failed at .*RuntimeError: .*inplace"),
+        (
+            lambda x: Gamma(2.0, 1.0).log_prob(x).sum(dim=1),
+            r"failed at .* in chain 1 at \[-1, 0.5\] \(ValueError.*support.*torch.distributions",
+        ),
+    ],
+)
+def test_a_density_that_is_none_is_refused_in_a_sentence(
+    function: Callable[[Tensor], Tensor], came: str
+) -> None:
+    x = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [-2.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(UserError, match=came) as error:
+        run(Density(function), NUTS(0.1), x, 1, 0, Noise(0))
+    assert "expected log p of each row" in str(error.value) or "any real x" in str(error.value)
 
 
 def test_scaled_is_a_change_of_units() -> None:

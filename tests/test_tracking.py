@@ -2,14 +2,18 @@
 
 import csv
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from tiny import launch
+from tiny import ROOT, command
 
 from pipeline import tracking
 
@@ -42,11 +46,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("WANDB_API_KEY", raising=False)
         patch.delenv("WANDB_MODE", raising=False)
         cache = ["--data.cache_dir", str(folder.parent / "cache")]
-        assert launch(folder, "--trainer.logger", "null", *cache) == 0
-    import wandb
-
-    wandb.finish()
+        apart(command(folder, "--trainer.logger", "null", *cache))
     return folder
+
+
+def apart(args: list[str]) -> None:
+    """Run a door in a process of its own: only when that has ended is W&B's file whole."""
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    line = [sys.executable, "-m", "pipeline", *args]
+    done = subprocess.run(line, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_csv_holds_losses_and_throughput(run: Path) -> None:
@@ -80,18 +89,49 @@ def test_wandb_offline_holds_config_command_losses_and_sheets(run: Path) -> None
     assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
 
 
-def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not tracking._logged_in()
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    assert tracking._logged_in()
-    (tmp_path / ".netrc").write_text("machine elsewhere.org login user password secret\n")
-    assert not tracking._logged_in()
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert tracking._logged_in()
+def python(code: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a few lines in a process of its own, where W&B has not made up its mind yet."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    told = kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | variables
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, env=told, capture_output=True, text=True, timeout=300)
+
+
+KNOWN = "from pipeline.tracking import _logged_in; print(_logged_in())"
+
+
+def test_whoever_wandb_knows_is_logged_in(tmp_path: Path) -> None:
+    """`wandb login` writes its server's name into netrc: whichever that is, W&B is asked."""
+    ask = "import wandb; print(wandb.setup().settings.base_url)"
+    server = urlsplit(python(ask, tmp_path).stdout.split()[-1]).hostname
+    assert python(KNOWN, tmp_path).stdout.split()[-1] == "False"
+    assert python(KNOWN, tmp_path, WANDB_API_KEY="k" * 40).stdout.split()[-1] == "True"
+    netrc = tmp_path / ".netrc"
+    netrc.write_text(f"machine {server} login user password {'0' * 40}\n")
+    netrc.chmod(0o600)
+    assert python(KNOWN, tmp_path).stdout.split()[-1] == "True"
+    elsewhere = {"WANDB_BASE_URL": "https://elsewhere.org"}
+    assert python(KNOWN, tmp_path, **elsewhere).stdout.split()[-1] == "False"
+
+
+UNREACHABLE = """
+from pathlib import Path
+from pipeline import tracking
+tracking.PATIENCE = 3
+print(len(tracking.loggers(Path("run"), "project", {"command": "x"})))
+"""
+
+
+@pytest.mark.slow
+def test_where_the_server_does_not_answer_the_run_is_kept_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    nobody = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = python(UNREACHABLE, tmp_path, **nobody)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be reached" in done.stderr and list(tmp_path.glob("run/wandb/offline-run-*"))
 
 
 def test_resumed_run_keeps_its_identity(tmp_path: Path) -> None:

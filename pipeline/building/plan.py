@@ -50,6 +50,13 @@ class Plan(NamedTuple):
     error: Callable[[str], UserError]
 
 
+class Named(NamedTuple):
+    """A function, and the path by which it was named: a method does not know its object's."""
+
+    path: str
+    function: Callable
+
+
 class Resolver:
     """Checks plain data against annotations.
 
@@ -185,11 +192,11 @@ class Resolver:
             return found
         raise self.error(at, f"names {path}: there is no module {parts[0]}")
 
-    def function(self, path: str, at: At) -> Any:
+    def function(self, path: str, at: At) -> Named:
         found = self.find(path, at) if "." in path else None
         if not callable(found):
             raise self.error(at, f"is {path}; expected the path of a function, MODULE.NAME")
-        return found
+        return Named(path, found)
 
     def choices(self, families: Sequence[type], at: At) -> str:
         """What may stand at a place, to end a sentence: files in conf/, else members."""
@@ -231,6 +238,8 @@ def make(plan: Any) -> Any:
     """
     if isinstance(plan, list):
         return [make(one) for one in plan]
+    if isinstance(plan, Named):
+        return plan.function
     if not isinstance(plan, Plan):
         return plan
     arguments = {name: make(value) for name, value in plan.arguments.items()}
@@ -242,20 +251,22 @@ def make(plan: Any) -> Any:
         raise
     except Exception as error:  # a constructor of a library refuses in its own way
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise plan.error(f"cannot be made: {reason.rstrip('.')}") from error
+        raise plan.error(f"cannot be made: {reason.rstrip('.!')}") from error
 
 
 def dump(plan: Any) -> Any:
     """A plan as plain data."""
     if isinstance(plan, Plan):
         return {"class_path": public_path(plan.cls), "init_args": dump(plan.arguments)}
+    if isinstance(plan, Named):
+        return plan.path
     if isinstance(plan, list | tuple):
         return [dump(one) for one in plan]
     if isinstance(plan, dict):
         return {key: dump(value) for key, value in plan.items()}
     if plan is None or isinstance(plan, bool | int | float | str):
         return plan
-    return f"{plan.__module__}.{plan.__qualname__}" if callable(plan) else str(plan)
+    return str(plan)
 
 
 def explain(plan: Any, at: At = ()) -> Iterator[str]:

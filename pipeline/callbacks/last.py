@@ -1,12 +1,17 @@
 """The newest checkpoint, whatever ends the run."""
 
+import os
+import shutil
 import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from pipeline.checkpoint import BEFORE, LAST
 
 __all__ = ["Last", "Stopped"]
 
@@ -28,10 +33,13 @@ class Stopped(Exception):
 class Last(Checkpoint):
     """Writes `last.ckpt` into the run's folder: now and then, when asked to stop, and at the end.
 
-    SIGINT (Ctrl-C) and SIGTERM only set a flag. It is read after an optimizer step, every `agree`
-    steps where there are several devices, so that all of them stop at the same one; the checkpoint
-    is written and `Stopped` is raised. A second Ctrl-C stops at once, and the checkpoint is the
-    one before.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 only set a flag. It is read after an optimizer
+    step, every `agree` steps where there are several devices, so that all of them stop at the same
+    one; the checkpoint is written and `Stopped` is raised. A second Ctrl-C stops at once, and the
+    checkpoint is the one before.
+
+    A checkpoint is replaced when the new one is whole and on the disk, and the one before is kept
+    as `before.ckpt`.
 
     Arguments:
         minutes: The time between two checkpoints, decided on rank 0.
@@ -45,7 +53,7 @@ class Last(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signum, self.step, self.written = 0, trainer.global_step, time.monotonic()
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             self.before[signum] = signal.signal(signum, self._ask)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
@@ -84,8 +92,45 @@ class Last(Checkpoint):
         self.before = {}
 
     def _path(self, trainer: pl.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "last.ckpt"
+        return Path(trainer.default_root_dir) / LAST
 
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self._path(trainer))
         self.written = time.monotonic()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self._path(trainer)
+        if trainer.is_global_zero and path.exists():
+            keep(path, path.with_name(BEFORE))
+        trainer.save_checkpoint(path)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tell those who keep the best where it lies now: the run's folder may have moved."""
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state and callback.dirpath:
+                move(state, str(callback.dirpath))
+
+
+def keep(path: Path, before: Path) -> None:
+    """The file under a second name too; at no moment is it under none."""
+    part = before.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, part)
+    os.replace(part, before)
+
+
+def move(state: dict[str, Any], folder: str) -> None:
+    """The state of a `ModelCheckpoint` as if it had always kept its files in this folder."""
+
+    def here(path: str) -> str:
+        return str(Path(folder) / Path(path).name) if path else path
+
+    state["dirpath"] = folder
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = here(state.get(key, ""))
+    state["best_k_models"] = {here(k): v for k, v in state.get("best_k_models", {}).items()}

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
+from pipeline.errors import UserError
 from pipeline.module import ScoreModule
 
 __all__ = ["SampleSheet"]
@@ -46,8 +48,16 @@ class SampleSheet(pl.Callback):
             return
         prompts = self.prompts or data.prompts(self.number)
         generator = pl_module.generator(data)
-        rows = torch.cat(list(generator(prompts, range(len(prompts)))))
+        try:
+            rows = torch.cat(list(generator(prompts, range(len(prompts)))))
+        except (
+            UserError
+        ) as error:  # a model may gather itself; what has diverged is said elsewhere
+            rank_zero_warn(f"There is no sheet of step {trainer.global_step}: {error}")
+            return
         sheet = data.codec.sheet(rows, list(map(str, prompts)), self.columns)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = Path(trainer.default_root_dir) / "sheets"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"step-{trainer.global_step:06d}.png")

@@ -2,17 +2,19 @@
 
 A data set repeats its captions, and an encoder is far dearer than a look-up: what training needs
 is a table of the K distinct embeddings and, per example, an index into it. The file's name is a
-digest of the conditioning and of the values, so a stale table cannot be read.
+digest of the conditioning and of the values, so a stale table cannot be read; a checksum in it is
+of its name and its numbers, so a changed one is not.
 """
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.condition import Condition
@@ -21,7 +23,7 @@ from pipeline.files import digest, whole
 
 __all__ = ["embed_distinct", "hashable"]
 
-VERSION = 2  # of what a file holds
+VERSION = 3  # of what a file holds
 
 
 def embed_distinct(
@@ -73,7 +75,9 @@ def _read(path: Path, rows: int) -> Condition | None:
     try:
         if not path.exists():
             return None
-        parts = load_file(path)
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_tensor(name) for name in file.keys()}
+            said = (file.metadata() or {}).get("checksum")
         table = Condition(**parts)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -84,15 +88,26 @@ def _read(path: Path, rows: int) -> Condition | None:
             for part, dims in ((table.tokens, 3), (table.planes, 4))
             if part is not None
         ):
-            return table
+            if said == _checksum(path, parts):
+                return table
+            reason = "its bytes are not those that were written"
     warnings.warn(f"The cached embeddings {path} are made anew ({reason}).", stacklevel=3)
     return None
 
 
 def _write(path: Path, table: Condition) -> None:
-    parts = {"tokens": table.tokens, "planes": table.planes}
+    made = {"tokens": table.tokens, "planes": table.planes}
+    parts = {name: x.cpu().contiguous() for name, x in made.items() if x is not None}
     try:
         with whole(path) as part:
-            save_file({name: x.contiguous() for name, x in parts.items() if x is not None}, part)
+            save_file(parts, part, {"checksum": _checksum(path, parts)})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"The embeddings could not be kept in {path} ({error}).", stacklevel=3)
+
+
+def _checksum(path: Path, parts: dict[str, Tensor]) -> str:
+    found = hashlib.sha256(path.name.encode())
+    for name, part in sorted(parts.items()):
+        found.update(f"{name} {tuple(part.shape)} ".encode())
+        found.update(part.detach().numpy().data)
+    return found.hexdigest()

@@ -11,8 +11,8 @@ share the call. Two things would make it depend on them, and neither is done her
   the network has exactly `ROWS` rows, the last call of a group being filled up with copies.
 
 The u of a prompt is then bit for bit the same alone and in any company, on one machine with one
-number of threads (so measured on CPUs); elsewhere to about 1e-5, more where a GPU is told to use
-TF32.
+number of threads (so measured on CPUs; MPNet, which does not use torch's attention, differs in the
+last digit at some lengths); elsewhere to about 1e-5, more where a GPU is told to use TF32.
 
 Nothing is loaded before it is needed: making a `TextEncoder` reads no file. Weights are read from
 safetensors files only, and code that comes with a model is never run.
@@ -65,8 +65,9 @@ FILES = ("config.json", *TOKENIZER, *TOKENIZER_EXTRAS, *WEIGHTS)  # all that dec
 class TextEncoder(Conditioning):
     r"""Token embeddings of a prompt: the last hidden states of a frozen text encoder.
 
-    Encoders like BERT, the text half of CLIP (its own folder or a full CLIP folder) and the
-    encoder half of T5 are read, in float32. The null condition is the embedding of "".
+    Encoders like BERT, the text half of CLIP or SigLIP (its own folder or a full one) and the
+    encoder half of T5, BART and their like are read, in float32. The null condition is the
+    embedding of "".
 
     References:
         | Sentence-BERT (Reimers and Gurevych, 2019)
@@ -115,7 +116,7 @@ class TextEncoder(Conditioning):
     @cached_property
     def limit(self) -> int:
         """The most tokens that a prompt may have."""
-        positions = getattr(self._config, "max_position_embeddings", None) or UNLIMITED
+        positions = self._positions
         known = min(self._tokenizer.model_max_length, positions)
         limit = self.max_length or (known if known < UNLIMITED else DEFAULT_LIMIT)
         least = self._tokenizer.num_special_tokens_to_add() + 1
@@ -125,6 +126,22 @@ class TextEncoder(Conditioning):
                 f"{least} to {positions} tokens."
             )
         return limit
+
+    @property
+    def _positions(self) -> int:
+        """The most tokens for which the network has positions."""
+        names = ("max_encoder_position_embeddings", "max_position_embeddings")
+        known = next(filter(None, (getattr(self._config, name, None) for name in names)), None)
+        if known is None:
+            return UNLIMITED
+        # RoBERTa and its kin count positions from padding_idx + 1
+        before = [
+            module.padding_idx + 1
+            for name, module in self._model.named_modules()
+            if name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ]
+        return known - max(before, default=0)
 
     def embed(self, values: Sequence[str]) -> Condition:
         tokens = self._tokenize(values)
@@ -165,10 +182,9 @@ class TextEncoder(Conditioning):
 
     @cached_property
     def _model(self) -> Any:
+        _check_reads_text(self.name, self._config)
         with torch.inference_mode(False), _reading(self.folder, "network"):
-            from transformers import AutoModelForTextEncoding
-
-            model, report = AutoModelForTextEncoding.from_pretrained(
+            model, report = _family(self._config).from_pretrained(
                 self.folder,
                 config=self._config,
                 dtype=torch.float32,
@@ -177,6 +193,8 @@ class TextEncoder(Conditioning):
                 **LOCAL,
             )
         _check_complete(self.folder, report["missing_keys"])
+        if self._config.is_encoder_decoder:
+            model = model.get_encoder()
         return model.eval().requires_grad_(False).to(self.device)
 
     def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -184,6 +202,7 @@ class TextEncoder(Conditioning):
         if not prompts:
             return []
         tokens = self._ids(prompts)
+        self._check_vocabulary(tokens)
         long = [i for i, ids in enumerate(tokens) if len(ids) > self.limit]
         if long:
             self._warn_cut([prompts[i] for i in long], len(prompts))
@@ -195,6 +214,16 @@ class TextEncoder(Conditioning):
     def _ids(self, prompts: Sequence[str], **how: Any) -> list[list[int]]:
         how = {"padding": False, "truncation": False, "verbose": False} | how
         return self._tokenizer(list(prompts), **how)["input_ids"]
+
+    def _check_vocabulary(self, tokens: list[list[int]]) -> None:
+        known = getattr(self._config, "vocab_size", None) or UNLIMITED
+        words = max(len(self._tokenizer), *(1 + max(ids, default=0) for ids in tokens))
+        if words > known:
+            raise UserError(
+                f"The tokenizer of the text encoder {self.name!r} has {words} words, and its "
+                f"network has embeddings of {known}; take the tokenizer it was trained with, or "
+                "resize the network to the tokenizer."
+            )
 
     def _warn_cut(self, long: list[str], n_prompts: int) -> None:
         warnings.warn(
@@ -280,6 +309,32 @@ def _missing(folder: Path) -> list[str]:
         "model.safetensors": "model.safetensors" in names or (shards and shards <= set(names)),
     }
     return [what for what, here in present.items() if not here]
+
+
+def _check_reads_text(name: str, config: Any) -> None:
+    """The network sees all of a prompt at each token: it is no decoder."""
+    from transformers import AutoModelForCausalLM as Causal
+    from transformers import AutoModelForMaskedLM as Masked
+
+    kind = type(config)
+    predicts = kind in Causal._model_mapping and kind not in Masked._model_mapping
+    if getattr(config, "is_decoder", False) or (predicts and not config.is_encoder_decoder):
+        raise UserError(
+            f"The text encoder {name!r} is a decoder ({config.model_type}), which predicts the "
+            "next word and sees only the words before it; name an encoder, such as BERT, CLIP or "
+            "T5."
+        )
+
+
+def _family(config: Any) -> Any:
+    """The class of a network: the text encoder of its kind, or else the whole."""
+    import transformers as library
+
+    for family in (library.AutoModelForTextEncoding, library.AutoModel):
+        if type(config) in family._model_mapping:
+            return family
+    name = type(config).__name__.removesuffix("Config")  # the text half of SigLIP has no more
+    return getattr(library, f"{name}Model", library.AutoModel)
 
 
 def _check_complete(folder: Path, missing: set[str]) -> None:

@@ -248,9 +248,9 @@ class DataModule(Part, L.LightningDataModule, ABC):
     def train_dataloader(self) -> Loader:
         rank, world = self.place()
         rows = len(self.rows("train").x)
-        return self.loader(
-            "train", Order(rows, self.batch_size, self.seed, self.seen, rank, world, self.flip)
-        )
+        order = Order(rows, self.batch_size, self.seed, self.seen, rank, world, self.flip)
+        order.again = self.again(len(order))
+        return self.loader("train", order)
 
     def val_dataloader(self) -> Loader:
         return self.loader("val", Pass(len(self.rows("val").x), self.batch_size, *self.place()))
@@ -275,6 +275,17 @@ class DataModule(Part, L.LightningDataModule, ABC):
         if self.trainer is None:
             return 0
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore
+
+    def again(self, epoch: int) -> int | None:
+        """How many batches the run is to see again and again, by `trainer.overfit_batches`, or by
+        `trainer.limit_train_batches` where it is less than the batches of an epoch.
+        """
+        if self.trainer is None:
+            return None
+        limit = self.trainer.limit_train_batches  # overfit_batches sets it too
+        count = limit if isinstance(limit, int) else max(1, int(epoch * limit))
+        part = count <= epoch if isinstance(limit, int) else limit < 1
+        return count if part or self.trainer.overfit_batches else None  # type: ignore
 
     def place(self) -> tuple[int, int]:
         """This process's rank among the W that share a global batch, and W."""

@@ -1,15 +1,19 @@
 """Pictures from the Hugging Face Hub, or from files in its layouts."""
 
 import glob
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from pipeline.conditioning import Conditioning
-from pipeline.data.pictures import Pictures
+from pipeline.data.folder import Listing, canonical, is_picture, list_folder, read_folder, say
+from pipeline.data.pictures import Pictures, cores, named
 from pipeline.errors import UserError
+from pipeline.files import digest, sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Hub"]
 
 HELD_OUT = 20  # one row in so many validates, where no split is named for it
+DATA = (".parquet", ".arrow", ".tar")  # the files of a data set that is no folder of pictures
 
 
 class Hub(Pictures):
@@ -25,15 +30,22 @@ class Hub(Pictures):
     Pictures are cropped in the middle to a square and brought to `size`. A class column
     (`ClassLabel`) gives class names, which are prompts to a text encoder and classes to `Classes`.
 
+    A folder with more pictures than parquet files is a folder of pictures: all of them, in folders
+    below and linked ones too, in the order of their paths; what is left out is said. Captions are
+    in metadata.jsonl, .csv or .parquet, in the folder or below, by `file_name`; what these do not
+    list is left out. Without them, the names of the folders that pictures lie in are column
+    `label`. The folder is one split, `train`, unless all pictures lie in P/train, P/val or P/test,
+    or `split` or `val_split` names another folder directly below: these are splits then.
+
     Arguments:
-        path: A data set on the Hub, a folder (images with metadata.jsonl or metadata.csv, or
-            parquet files), or parquet files: one, a list, or a pattern such as `photos/*.parquet`.
+        path: A data set on the Hub, a folder (of pictures, or of parquet files), or parquet files:
+            one, a list, or a pattern such as `photos/*.parquet`.
         conditioning: What turns a caption or class name into u, or None.
         image: The column of images.
         caption: The column of captions or classes.
-        split: The split to train on.
-        val_split: The split to validate on; null holds out one in twenty training rows, the same
-            in every run.
+        split: The split to train on; `all` is every row of every split.
+        val_split: The split to validate on, which shares no row with `split`; null holds out one
+            in twenty training rows, the same in every run.
         size: The side of a picture in pixels.
         channels: 3 for colour, 1 for grey.
         flip: Whether half of the training pictures are mirrored; wrong where captions or pictures
@@ -78,15 +90,41 @@ class Hub(Pictures):
         self._downloads = str(self.cache / "datasets") if cache_dir else None
 
     @cached_property
-    def everything(self) -> "datasets.DatasetDict":
-        """All splits, as they come."""
-        from datasets import disable_progress_bars, enable_progress_bars, load_dataset
+    def folder(self) -> Listing | None:
+        """The folder of pictures, if the path is one."""
+        root = one_folder(self.path)
+        found = list_folder(root) if root else None
+        if found is None or len(found.pictures) > len(data_files(found)):
+            return found
+        if not data_files(found):
+            held = ", ".join(map(repr, (found.metadata + found.others)[:3]))
+            raise UserError(
+                f"data.path {self.path!r} holds no pictures and no parquet files, but "
+                f"{held or 'nothing'}; give a folder that does."
+            )
+        return None
 
+    @cached_property
+    def everything(self) -> "dict[str, datasets.Dataset]":
+        """All splits, as they come, and `all`."""
+        if self.folder:
+            return read_folder(self.folder, [self.split, self.val_split or self.split])
+        from datasets import concatenate_datasets
+
+        found = self.load()
+        alike = len({str(rows.features) for rows in found.values()}) == 1
+        return ({"all": concatenate_datasets([*found.values()])} if alike else {}) | found
+
+    def load(self) -> "dict[str, datasets.Dataset]":
+        from datasets import disable_progress_bars, enable_progress_bars, load_dataset_builder
+
+        where, files = locate(self.path)
         disable_progress_bars()
         try:
-            return load_dataset(**locate(self.path), cache_dir=self._downloads)  # type: ignore
-        except UserError:
-            raise
+            builder = load_dataset_builder(**where, cache_dir=self.downloads(files))
+            builder.download_and_prepare()
+            tell_left_out(self.path, files, builder.config.data_files)
+            return dict(builder.as_dataset())  # type: ignore[arg-type]
         except Exception as error:  # datasets raises whatever its readers do
             reason = " ".join(str(error).split())[:200]
             where = "" if is_here(self.path) else "is no file or folder here and "
@@ -97,24 +135,60 @@ class Hub(Pictures):
         finally:
             enable_progress_bars()
 
+    def downloads(self, files: list[Path]) -> str | None:
+        """Where `datasets` keeps its copy of the rows: it knows files by their time of change, so
+        each content has a place of its own.
+        """
+        if not files:
+            return self._downloads
+        return str(self.cache / "datasets" / digest(hashes(files))[:32])
+
     def dataset(self, split: str) -> "datasets.Dataset":
         """Rows of `train`, `val`, or any split by its own name; images still encoded."""
         from datasets import Image
 
-        name = {"train": self.split, "val": self.val_split or self.split}.get(split, split)
+        name = self.split_name(split)
         if name not in self.everything:
             raise UserError(
-                f"data.path {self.path!r} has no split {name!r}; it has {listed(self.everything)}."
+                f"data.path {self.path!r} has no split {name!r}; it has "
+                f"{listed(sorted(self.everything, key='all'.__eq__))}."
             )
+        if split == "val":
+            self.check_apart()
         rows = self.everything[name]
         if self.divides(split):
             rows = rows.select(held_out(len(rows))[split])
         if len(rows) == 0:
-            raise UserError(
-                f"Split {name!r} of data.path {self.path!r} leaves no rows for {split!r}."
-            )
+            self.fail_empty(split)
         self.check_image(rows)
         return rows.cast_column(self.image, Image(decode=False))
+
+    def split_name(self, split: str) -> str:
+        """What a split is called in the data."""
+        name = {"train": self.split, "val": self.val_split or self.split}.get(split, split)
+        return canonical(name) if self.folder else name
+
+    def check_apart(self) -> None:
+        both = {self.split_name("train"), self.split_name("val")}
+        if self.val_split is not None and (len(both) == 1 or "all" in both):
+            raise UserError(
+                f"data.split {self.split!r} and data.val_split {self.val_split!r} share rows, and "
+                "a model is validated on rows that it is not trained on; name another val_split, "
+                f"or null to hold out one row in {HELD_OUT}."
+            )
+
+    def fail_empty(self, split: str) -> NoReturn:
+        name = self.split_name(split)
+        if not len(self.everything[name]):
+            raise UserError(
+                f"Split {name!r} of data.path {self.path!r} has no rows for {split!r}; metadata, "
+                "where there are any, have to list its pictures."
+            )
+        raise UserError(
+            f"Split {name!r} of data.path {self.path!r} has one picture, which is held out to "
+            "validate on, and none is left to train on; give more pictures, or set data.val_split "
+            "to a split with others."
+        )
 
     def divides(self, split: str) -> bool:
         """Whether a split is part of one that has a name."""
@@ -123,7 +197,7 @@ class Hub(Pictures):
     def row_number(self, split: str, row: int) -> int:
         if not self.divides(split):
             return row
-        return int(held_out(len(self.everything[self.split]))[split][row])
+        return int(held_out(len(self.everything[self.split_name(split)]))[split][row])
 
     def check_image(self, rows: "datasets.Dataset") -> None:
         from datasets import Image, Value
@@ -150,7 +224,10 @@ class Hub(Pictures):
         return rows.features[column]
 
     def fingerprint(self, split: str) -> str:
-        return f"{self.dataset(split)._fingerprint} {self.image}"
+        rows = self.dataset(split)
+        if self.folder:
+            return digest(hashes([Path(image["path"]) for image in rows[:][self.image]]))
+        return f"{rows._fingerprint} {rows.cache_files} {self.image}"
 
     def values(self, split: str) -> list[str] | None:
         """Captions or class names, row by row; none are read for an unconditional model."""
@@ -176,39 +253,98 @@ class Hub(Pictures):
 
     def check_full(self, split: str, empty: list[bool], what: str) -> None:
         if any(empty):
+            first = empty.index(True)
+            image = self.dataset(split)[first][self.image]
+            name = f" ({named(image)})" if self.folder else ""
             raise UserError(
                 f"{sum(empty)} of {len(empty)} rows have no {what} in column {self.caption!r}, "
-                f"the first is row {self.row_number(split, empty.index(True))}; fill or remove "
-                "them."
+                f"the first is row {self.row_number(split, first)}{name}; fill or remove them."
             )
 
 
-def locate(path: str | list[str]) -> dict[str, Any]:
-    """What to tell `load_dataset`: parquet files, a folder, or a name on the Hub."""
+def one_folder(path: str | list[str]) -> Path | None:
     paths = [path] if isinstance(path, str) else list(path)
-    if len(paths) == 1 and Path(paths[0]).expanduser().is_dir():
-        return {"path": str(Path(paths[0]).expanduser())}
-    files = [sorted(glob.glob(str(Path(one).expanduser()))) for one in paths]
+    if not paths or not all(one.strip() for one in paths):
+        raise UserError(
+            f"data.path is {path!r}; give a name on the Hub, a folder, or parquet files."
+        )
+    root = Path(paths[0]).expanduser()
+    return root if len(paths) == 1 and root.is_dir() else None
+
+
+def data_files(found: Listing) -> list[Path]:
+    return [found.root / name for name in found.others if name.endswith(DATA)]
+
+
+def locate(path: str | list[str]) -> tuple[dict[str, Any], list[Path]]:
+    """What to tell `datasets`: parquet files, a folder, or a name on the Hub; and the files that
+    are here.
+    """
+    if root := one_folder(path):
+        check_plain(root)
+        found = list_folder(root)
+        pictures = [root / name for name in found.pictures]  # some, beside more parquet files
+        return {"path": str(root)}, data_files(found) + pictures
+    paths = [path] if isinstance(path, str) else list(path)
+    files = [matching(one) for one in paths]
     for one, found in zip(paths, files, strict=True):
         if not found and (len(paths) > 1 or looks_local(one)):
             raise UserError(
                 f"data.path {one!r} is not there: no such file or folder (from {Path.cwd()})."
             )
-        if any(not name.endswith(".parquet") for name in found):
-            raise UserError(
-                f"data.path {one!r} is not a parquet file; give parquet files, a folder, or a "
-                "name on the Hub."
-            )
-    if files and files[0]:
-        return {
-            "path": "parquet",
-            "data_files": {"train": [name for found in files for name in found]},
-        }
-    return {"path": paths[0]} if paths else fail()
+        for file in found:
+            check_parquet(one, file)
+    if not files[0]:
+        return {"path": paths[0]}, []
+    every = [file for found in files for file in found]
+    return {"path": "parquet", "data_files": {"train": [str(file) for file in every]}}, every
 
 
-def fail() -> dict[str, Any]:
-    raise UserError("data.path is empty; give a name on the Hub, a folder, or parquet files.")
+def matching(pattern: str) -> list[Path]:
+    """The file of this name, or else the files that a pattern matches."""
+    file = Path(pattern).expanduser()
+    return [file] if file.exists() else [Path(one) for one in sorted(glob.glob(str(file)))]
+
+
+def check_parquet(said: str, file: Path) -> None:
+    if is_picture(file.name):
+        raise UserError(f"data.path {said!r} is one picture; give the folder that it is in.")
+    if file.suffix != ".parquet" or not file.is_file():
+        raise UserError(
+            f"data.path {said!r} is not a parquet file; give parquet files, a folder, or a "
+            "name on the Hub."
+        )
+    check_plain(file)
+
+
+def check_plain(path: Path) -> None:
+    """Refuses what `datasets` takes for a pattern."""
+    if signs := [sign for sign in ("[", "*", "?", "::") if sign in str(path.resolve())]:
+        raise UserError(
+            f"The reader of parquet files takes {signs[0]!r} in {str(path.resolve())!r}, which is "
+            "data.path, for a pattern; rename it."
+        )
+
+
+def tell_left_out(path: str | list[str], files: list[Path], read: Any) -> None:
+    """Says which files of a folder `datasets` has left out of its splits."""
+    used = {os.path.realpath(name) for names in (read or {}).values() for name in names}
+    left = [file.name for file in files if os.path.realpath(file) not in used]
+    if left:
+        some = f"{', '.join(left[:3])}{', …' if left[3:] else ''}"
+        say(
+            f"{len(left)} of {len(files)} files in {path} left out ({some}): the names of the "
+            "others say which splits they are of."
+        )
+
+
+def hashes(files: list[Path]) -> list[str]:
+    """The sha256 of each file."""
+    try:
+        with ThreadPoolExecutor(cores()) as pool:
+            return list(pool.map(sha256, files))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
 
 def is_here(path: str | list[str]) -> bool:
@@ -220,7 +356,8 @@ def looks_local(path: str) -> bool:
         path[:1] in "./~"
         or path.count("/") > 1
         or any(sign in path for sign in "*?[")
-        or path.endswith(".parquet")
+        or is_picture(path)
+        or path.endswith((".parquet", ".csv", ".json", ".jsonl", ".txt"))
     )
 
 

@@ -39,6 +39,7 @@ class Order(Sampler[Draw]):
         rank: Which share of each global batch to take.
         world: The number of shares.
         flip: Whether half of the rows are mirrored.
+        again: So many batches, the first ones, are all there are: they come again and again.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Order(Sampler[Draw]):
         rank: int = 0,
         world: int = 1,
         flip: bool = False,
+        again: int | None = None,
     ) -> None:
         self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
         self.rank, self.share, self.flip = rank, batch_size // world, flip
+        self.again = again
         self._epoch = -1
 
     def __len__(self) -> int:
@@ -63,6 +66,7 @@ class Order(Sampler[Draw]):
         yield from map(self.draw, itertools.count(self.start()))
 
     def draw(self, batch: int) -> Draw:
+        batch = batch % self.again if self.again else batch
         first = batch * self.batch_size + self.rank * self.share
         epochs, places = np.divmod(np.arange(first, first + self.share), self.rows)
         rows, flip = np.empty_like(places), np.zeros(self.share, bool)

@@ -3,18 +3,21 @@ is.
 
 The map's name is a digest of what decides its bytes (the data set's fingerprint, size, channels,
 the version of the rule below). It is written beside its place and moved there when complete, so a
-run that dies leaves nothing half-made.
+run that dies leaves nothing half-made. It ends with a checksum of its name and bytes, which is
+verified when it is opened: a map that was changed or cut, or is another's, is made anew.
 
 Rule: turned upright (EXIF), laid on white where transparent, the shorter side brought to `size`
-with a Lanczos filter, the middle cut out. An unreadable picture stops the run with its row;
-guessing around it would change the data in silence.
+with a Lanczos filter, the middle cut out; 16 bits of grey are brought to 8. An unreadable picture
+stops the run with its row; guessing around it would change the data in silence.
 """
 
+import hashlib
 import io
 import math
 import os
 import shutil
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pictures", "decode", "write_map"]
 
-VERSION = 1  # of the rule in `decode`: raise it when pictures would come out different
+VERSION = 2  # of the rule in `decode`: raise it when pictures would come out different
 
 
 class Pictures(DataModule):
@@ -80,7 +83,7 @@ class Pictures(DataModule):
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
         key = digest(VERSION, self.fingerprint(split), self.size, self.channels)
         path = self.cache / "pictures" / f"{key[:32]}.npy"
-        if not path.exists():
+        if not is_sound(path):
             images = self.dataset(split).select_columns([self.image])
             try:
                 write_map(path, images, (self.channels, self.size, self.size), f"decoding {split}")
@@ -114,7 +117,37 @@ def write_map(
         if broken:
             raise Unreadable(len(broken), *broken[0])
         rows.flush()
+        sealed = seal(part, path.name, part.stat().st_size)
+        with part.open("ab") as file:
+            file.write(sealed)
     rank_zero_info(f"Kept {len(images)} decoded pictures in {path}.")
+
+
+def seal(file: Path, name: str, size: int) -> bytes:
+    """The sha256 of a map's name and its first so many bytes."""
+    found = hashlib.sha256(name.encode())
+    with file.open("rb") as opened:
+        while size > 0 and (block := opened.read(min(size, 1 << 20))):
+            found.update(block)
+            size -= len(block)
+    return found.digest()
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a map is there and as it was written; warns where it is there and another."""
+    try:
+        size = path.stat().st_size - hashlib.sha256().digest_size
+        with path.open("rb") as file:
+            file.seek(max(size, 0))
+            if file.read() == seal(path, path.name, size):
+                return True
+        reason = "its bytes are not those that were written"
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        reason = str(error)
+    warnings.warn(f"The decoded pictures {path} are made anew ({reason}).", stacklevel=3)
+    return False
 
 
 def decoded(
@@ -153,7 +186,7 @@ def decode(image: dict | None, size: int, channels: int) -> np.ndarray:
     if not image or not (image.get("bytes") or image.get("path")):
         raise ValueError("it is empty")
     with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
-        picture = flatten(ImageOps.exif_transpose(opened))
+        picture = flatten(eight_bits(ImageOps.exif_transpose(opened)))
     if channels == 1:
         picture = picture.convert("L")
     if picture.size != (size, size):
@@ -162,10 +195,28 @@ def decode(image: dict | None, size: int, channels: int) -> np.ndarray:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey → 8-bit grey, value / 257; what is transparent is white. Pillow would cut."""
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;"):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"its mode {picture.mode} has more than 16 bits a channel; save it with 8 or 16"
+        )
+    grey = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)
+    if "transparency" in picture.info:
+        grey[values == picture.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
 def flatten(picture: Image.Image) -> Image.Image:
     """To RGB, transparent parts laid on white."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
+    key = picture.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, of which Pillow has read the upper
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 

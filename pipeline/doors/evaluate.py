@@ -107,6 +107,7 @@ def check(args: argparse.Namespace, several: bool, store: Any) -> None:
         )
     if args.wandb and not args.out:
         raise UserError("--wandb needs --out, the place where an offline run is kept.")
+    store.check()
 
 
 def numbers(text: str | None, kind: type[T], option: str) -> Sequence[T | None]:

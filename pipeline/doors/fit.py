@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     """Train, and say how to go on when asked to stop. Returns the exit code."""
     files, folder, start = resumed(args)
     from pipeline.callbacks import Stopped
+    from pipeline.checkpoint import Checkpoint
     from pipeline.experiment import Experiment, keep_memory, quiet
 
     quiet()
@@ -61,11 +62,17 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     experiment = Experiment(files, options, folder)
     if say_configuration(args, experiment.plan, experiment.text):
         return 0
-    model, trainer = experiment.make()
-    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        experiment.open_run(trainer, line)
-    made = quote(str(experiment.run))
     try:
+        model, trainer = experiment.make()
+        if start is not None:
+            checkpoint = Checkpoint(start)
+            experiment.check_start(model, checkpoint)
+            start = str(checkpoint.path)  # the one before, where the newest is torn
+            del checkpoint
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            own = start is not None and Path(start).resolve().parent == experiment.run.resolve()
+            experiment.open_run(trainer, line, goes_on=own)
+        made = quote(str(experiment.run))
         trainer.fit(model, datamodule=experiment.data, ckpt_path=start, weights_only=True)
     except Stopped as stopped:
         trainer.print(
@@ -75,21 +82,49 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             file=sys.stderr,
         )
         return 128 + stopped.signum
+    except BaseException as error:
+        experiment.give_back()
+        told = said(error)
+        raise told from (None if told is error else error)
     trainer.print(f"Trained {trainer.global_step} steps.", file=sys.stderr)
     trainer.print(f"Draw with:   python -m pipeline generate --checkpoint {made}", file=sys.stderr)
     return 0
+
+
+def said(error: BaseException) -> BaseException:
+    """What ends a run, as a person is told it."""
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    reason = " ".join(str(error).split())
+    if isinstance(error, MisconfigurationException):
+        return UserError(reason)
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"The memory of the device does not hold a step ({reason[:100]}): make "
+            "--data.batch_size smaller, and add --trainer.accumulate_grad_batches 2."
+        )
+    # Lightning's answer to Ctrl-C while it sets up, and to a second one
+    return KeyboardInterrupt() if isinstance(error, SystemExit) else error
 
 
 def resumed(args: argparse.Namespace) -> tuple[list[str], str | None, str | None]:
     """The files of the experiment, the run's folder and the checkpoint to start from."""
     if args.resume is None:
         return args.config, args.run, args.ckpt_path
-    files = [Path(args.resume) / name for name in ("config.yaml", "last.ckpt")]
-    for file in files:
-        if not file.is_file():
+    from pipeline.checkpoint import BEFORE, LAST
+    from pipeline.experiment import CONFIG, newest_config
+
+    run = Path(args.resume)
+    for names in ((CONFIG,), (LAST, BEFORE)):
+        if not any((run / name).is_file() for name in names):
             raise UserError(
-                f"--resume {args.resume}: there is no {file}; give the folder of a run that was "
+                f"--resume {run}: there is no {run / names[0]}; give the folder of a run that was "
                 "stopped."
             )
-    config, checkpoint = map(str, files)
-    return [config, *args.config], args.run or args.resume, args.ckpt_path or checkpoint
+    config, checkpoint = newest_config(run), run / LAST
+    return (
+        [str(config), *args.config],
+        args.run or args.resume,
+        args.ckpt_path or str(checkpoint),
+    )

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
-    """Draw, and write down what is drawn as it comes: what is finished is kept at Ctrl-C."""
+    """Draw, and write down what is drawn as it comes: what is finished is kept when stopped."""
     from pipeline.distributed import join
     from pipeline.generator import Bar
 
@@ -53,10 +53,15 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         checkpoint, generator = open_model(args.checkpoint, device, args.trust)
         how = (args.sampler, args.guidance, args.steps, args.scale, options)
         chosen = choose(generator, checkpoint, *how)
+    if prompts and generator.conditioning is None:
+        raise UserError(
+            f"{checkpoint.path} was trained without a condition and takes no prompt, such as "
+            f"{prompts[0]!r}: leave it out."
+        )
     prompts = prompts or checkpoint.prompts
     if not prompts:
         raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
-    out = new_folder(args.out, ("*.png", "samples.csv", "manifest.json"))
+    generator.embed(prompts)  # what is wrong with a prompt is found before a folder is made
     settings = {
         "checkpoint": str(checkpoint.path),
         **chosen,
@@ -68,7 +73,10 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     seeds = [args.seed + k for _ in prompts for k in range(args.number)]
     about = [{"prompt": v, "seed": s} for v, s in zip(values, seeds, strict=True)]
     done: list[Any] = []
-    with Bar.over(generator, len(values), args.micro_batch) as bar:
+    with (
+        new_folder(args.out, ("*.png", "samples.csv", "manifest.json")) as out,
+        Bar.over(generator, len(values), args.micro_batch) as bar,
+    ):
         try:
             for rows in generator(values, seeds, args.micro_batch, bar.watch):
                 generator.codec.write(rows, len(done), out, about, settings)
@@ -111,7 +119,13 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
                 f"--prompts {file}: there is no such file; give a text file with a prompt "
                 "per line, or - for standard input."
             )
-        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        try:
+            text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--prompts {file} is not UTF-8 text (byte {error.start} is no character): save "
+                "it as UTF-8."
+            ) from error
         read = [line.strip() for line in text.splitlines() if line.strip()]
         if not read:
             raise UserError(f"--prompts {file} holds no prompt; write one per line.")

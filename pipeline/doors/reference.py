@@ -4,6 +4,7 @@ found again.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.doors.shared import (
@@ -12,6 +13,7 @@ from pipeline.doors.shared import (
     read_features,
 )
 from pipeline.errors import UserError
+from pipeline.files import check_writable
 
 if TYPE_CHECKING:
     from pipeline.data import DataModule
@@ -66,6 +68,10 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
 
     if options and not args.config:
         raise UserError(f"{options[0]} changes an experiment, and none is given with -c.")
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder; name a file in it.")
+    if args.out:
+        check_writable(Path(args.out).parent, args.out)
     with join(args.device) as device:
         features = read_features(args.features, device)
         data = open_data(args, options)
@@ -86,7 +92,7 @@ def open_data(args: argparse.Namespace, options: Sequence[str]) -> "DataModule":
 
     if args.pictures:
         # with itself as the split to validate on, nothing is held out of it
-        return Hub(args.pictures, None, size=args.size, val_split="train")
+        return Hub(args.pictures, None, size=args.size, split="all", val_split="all")
     if args.checkpoint:
         return Checkpoint(args.checkpoint, args.trust).data(DataModule)
     return make(read([args.config], options).resolve("data", DataModule))

@@ -52,19 +52,21 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     if say_configuration(args, plan, text):
         return 0
     parts = {name: make(part) for name, part in plan.arguments.items()}
-    out = new_folder(args.out, ("draws.safetensors",))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        draws = sample(**parts)
-        print(table(draws))
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    numbers = {"x": draws.x, "acceptance": draws.acceptance, "diverged": draws.diverged}
-    tensors = {name: value.contiguous() for name, value in numbers.items() if value is not None}
-    with whole(out / "draws.safetensors") as part:
-        save_file(tensors, part, {"command": line, "config": text})
-    (out / "config.yaml").write_text(text, encoding="utf-8")
-    plot_traces(draws.x, out / "trace.png")
-    plot_pairs(draws.x, out / "pairs.png")
-    print(f"draws.safetensors, config.yaml, trace.png and pairs.png are in {out}")
+    with new_folder(args.out, ("draws.safetensors",)) as out:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            draws = sample(**parts)
+            print(table(draws))
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
+        numbers = {"x": draws.x, "acceptance": draws.acceptance, "diverged": draws.diverged}
+        tensors = {
+            name: value.contiguous() for name, value in numbers.items() if value is not None
+        }
+        with whole(out / "draws.safetensors") as part:
+            save_file(tensors, part, {"command": line, "config": text})
+        (out / "config.yaml").write_text(text, encoding="utf-8")
+        plot_traces(draws.x, out / "trace.png")
+        plot_pairs(draws.x, out / "pairs.png")
+        print(f"draws.safetensors, config.yaml, trace.png and pairs.png are in {out}")
     return 0

@@ -172,6 +172,13 @@ def choose(
     how: dict[str, Any] = {"trust": (OURS, *checkpoint.trust), "openers": {Denoiser: weaker}}
     generator.sampler = make(config.resolve("sampler", Sampler, **how))
     generator.guidance = make(config.resolve("guidance", Guidance | None, **how))
+    if generator.conditioning is None and getattr(generator.guidance, "needs_condition", False):
+        if scale is not None or guidance is not None:
+            raise UserError(
+                f"{checkpoint.path} was trained without a condition, so there is nothing to guide "
+                f"it by: leave out --{'guidance' if guidance else 'scale'}, or use Autoguidance."
+            )
+        generator.guidance = None  # the run's, which it does not use
     return {
         "sampler": brief(generator.sampler),
         "guidance": brief(generator.guidance),

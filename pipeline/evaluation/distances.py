@@ -141,7 +141,9 @@ def kernel_distance(
 
     The interval is that of the bootstrap. Each resample draws both sets with replacement, as a
     weight for every feature: how often it was drawn. A feature is never paired with itself, nor
-    with its own copies, which would look like a distance.
+    with its own copies, which would look like a distance. Where the laws are equal the estimate's
+    first-order term vanishes and the interval is too wide: at a level of 0.95 it held 0 in all of
+    200 trials (N = M = 100). An interval without 0 is then a difference more surely than it says.
 
     References:
         | Demystifying MMD GANs (Bińkowski et al., 2018), section 4

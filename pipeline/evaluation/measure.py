@@ -77,6 +77,11 @@ class Measure:
         self.data, self.features, self.number, self.clip = data, features, number, clip
         self.reference = open_reference(data, features, number)
         self.values, self.truth = data.held_out(number)
+        if len(self.truth) < 2:
+            raise UserError(
+                "The data hold out one picture, and the distance of true pictures needs at least "
+                "2: give --data.val_split a split of its own when training, or more pictures."
+            )
 
     def __call__(
         self,
@@ -117,7 +122,8 @@ class Measure:
         interval, precision, recall, density and coverage; with CLIP, the mean score of a picture
         with its prompt, and the part of them that finds its own prompt among all.
 
-        Kernel to coverage take at most 10,000 pictures, and as many of the reference.
+        Kernel to coverage take at most 10,000 pictures, and as many of the reference; precision to
+        coverage are left out where these are fewer than 6.
 
         Where the network of the features has classes, the Inception score: its mean over ten
         splits, and its standard deviation over them. Only that of Inception-v3 may be compared
@@ -135,14 +141,14 @@ class Measure:
         order = Noise("reference").uniform(len(self.reference.features)).argsort()
         x = self.reference.features[order[: len(y)]].to(y.device)
         kernel = kernel_distance(x, y, Noise("resamples"))
-        found = {
+        found: dict[str, Any] = {
             "frechet": frechet(statistics, self.reference.statistics),
             "kernel": kernel.value,
             "kernel_low": kernel.low,
             "kernel_high": kernel.high,
-            **precision_recall(x, y)._asdict(),
-            **density_coverage(x, y)._asdict(),
         }
+        if min(len(x), len(y)) >= FEWEST:  # each needs some neighbours
+            found |= precision_recall(x, y)._asdict() | density_coverage(x, y)._asdict()
         if self.features.classified:
             logits = self.features.logits(of_all)
             mean, deviation = inception_score(logits, Noise("splits"), min(SPLITS, len(logits)))

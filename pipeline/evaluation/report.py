@@ -56,10 +56,10 @@ def block(result: dict[str, Any]) -> str:
                 ends = f" (95 %: {result['kernel_low']:.4g} to {result['kernel_high']:.4g})"
             if name == "inception_score":
                 ends = f" (over splits: ± {result['inception_score_deviation']:.2g})"
-            lines.append(
-                f"{name:>{width}} {result[name]:.4g}{plus_minus(spread.get(name))}{ends}   "
-                f"true pictures {result['floor'].get(name, math.nan):.4g}"
-            )
+            true = result["floor"].get(name)
+            beside = "too few true pictures" if true is None else f"true pictures {true:.4g}"
+            value = f"{result[name]:.4g}{plus_minus(spread.get(name))}{ends}"
+            lines.append(f"{name:>{width}} {value}   {beside}")
     if "bits_per_dim" in result:
         error = plus_minus(result["bits_per_dim_error"])
         lines.append(f"{'bits_per_dim':>{width}} {result['bits_per_dim']:.4g}{error}")

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.files import digest, whole
+from pipeline.files import check_writable, digest, whole
 
 __all__ = ["Store"]
 
@@ -28,6 +28,11 @@ class Store:
     @property
     def takes_many(self) -> bool:
         return self.out is not None and self.out.suffix != ".json"
+
+    def check(self) -> None:
+        """Raise `UserError` unless results can be written."""
+        if self.out is not None:
+            check_writable(self.folder, self.out)
 
     @property
     def folder(self) -> Path:
@@ -51,9 +56,9 @@ class Store:
         try:
             result = json.loads(file.read_text("utf-8"))
         except ValueError:
-            return None
+            return None  # it was cut short
         if not isinstance(result, dict) or result.get("key") != digest(settings):
-            return None
+            raise UserError(f"--out {file} holds another result; name another file.")
         print(f"{file} was finished before.", file=sys.stderr)
         return result
 

@@ -159,6 +159,7 @@ class Model:
         """The scores, their mean where there are several seeds; the last pictures and prompts."""
         protocol, measure = self.sweep.protocol, self.sweep.measure(self.checkpoint)
         number, b, sampler = protocol.number, protocol.micro_batch, self.generator.sampler
+        floor = measure.floor  # first: what cannot be scored is not drawn
         start, repeats, pictures, prompts = time.perf_counter(), [], torch.empty(0), []
         with counted(self.generator) as calls:
             for k in range(protocol.seeds):
@@ -173,7 +174,7 @@ class Model:
             "repeats": repeats,
             "evaluations": sum(calls) / drawn,
             "seconds": time.perf_counter() - start,
-            "floor": measure.floor,
+            "floor": floor,
             "reference": measure.reference.about,
         }
         return result, pictures, prompts

@@ -13,6 +13,9 @@ from torch import Tensor
 __all__ = ["DualAveraging", "Moments", "StepSize", "windows"]
 
 
+EXTREME = 30.0  # of log ε: where all steps are accepted, or none, ε would leave the numbers
+
+
 class StepSize(NamedTuple):
     """What dual averaging remembers: the logarithms of the step, of its average and of 10 ε₀, the
     statistic H, and k.
@@ -33,7 +36,8 @@ class DualAveraging:
 
     The chains move with :math:`\epsilon_k`; what is kept is the average
     :math:`\log \bar\epsilon_k = k^{-\kappa} \log \epsilon_k + (1 - k^{-\kappa}) \log
-    \bar\epsilon_{k - 1}`. As published, γ = 0.05, :math:`k_0` = 10, κ = 0.75.
+    \bar\epsilon_{k - 1}`. As published, γ = 0.05, :math:`k_0` = 10, κ = 0.75; and
+    :math:`|\log \epsilon_k|` is at most 30.
 
     References:
         | The No-U-Turn Sampler (Hoffman & Gelman, 2014), section 3.2
@@ -59,6 +63,7 @@ class DualAveraging:
         k = state.count + 1
         error = state.error + (self.aim - acceptance - state.error) / (k + self.k_0)
         log_step = state.center - math.sqrt(k) / self.gamma * error
+        log_step = min(max(log_step, -EXTREME), EXTREME)
         log_average = state.log_average + k**-self.kappa * (log_step - state.log_average)
         return StepSize(log_step, log_average, state.center, error, k)
 

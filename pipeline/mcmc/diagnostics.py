@@ -7,6 +7,7 @@ References:
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Summary:
         high: The quantile 0.95.
         ess_bulk: The effective sample size of the rank-normalised draws.
         ess_tail: The least effective sample size of the quantiles 0.05 and 0.95.
-        r_hat: The rank-normalised split R̂.
+        r_hat: The rank-normalised split R̂; no number for one chain, or where a chain never moved.
     """
 
     mean: np.ndarray
@@ -46,14 +47,15 @@ def summarise(x: Tensor) -> Summary:
     """The summary of draws with shape (draws, chains, *), at least 4 draws.
 
     Warns:
-        UserWarning: R̂ is above 1.01 for some coordinate, or is no number since all draws are one.
+        UserWarning: R̂ is above 1.01 for some coordinate, or is no number, and why.
     """
     from arviz_stats.base.array import array_stats  # it takes a second to import
 
     if len(x) < 4:
         raise ValueError(f"{len(x)} draws say nothing of convergence; at least 4 are needed.")
     chains = x.flatten(2).permute(2, 1, 0).double().cpu().numpy()  # (D, chains, draws)
-    with np.errstate(invalid="ignore"):  # all draws of a chain may be one
+    with np.errstate(all="ignore"), warnings.catch_warnings():  # all draws of a chain may be one
+        warnings.simplefilter("ignore", RuntimeWarning)
         summary = Summary(
             mean=chains.mean(axis=(1, 2)),
             std=chains.std(axis=(1, 2)),
@@ -63,14 +65,27 @@ def summarise(x: Tensor) -> Summary:
             ess_tail=np.asarray(array_stats.ess(chains, method="tail", prob=(0.05, 0.95))),
             r_hat=np.asarray(array_stats.rhat(chains)),
         )
-    worst = summary.r_hat.max()
-    if not worst <= RHAT:
-        warnings.warn(
-            f"R-hat is {worst:.3f} in coordinate {summary.r_hat.argmax()}, above {RHAT}: the "
-            "chains have not met; run them longer, or start them elsewhere.",
-            stacklevel=2,
-        )
+    for reason in _doubts(chains, summary.r_hat):
+        warnings.warn(reason, stacklevel=2)
     return summary
+
+
+def _doubts(chains: np.ndarray, r_hat: np.ndarray) -> Iterator[str]:
+    """Why not to trust draws with shape (D, chains, draws)."""
+    moved = (chains != chains[:, :, :1]).any(axis=2)
+    if not moved.all():
+        i = int(moved.all(axis=1).argmin())
+        yield (
+            f"{(~moved[i]).sum()} of {len(moved[i])} chains never moved in coordinate {i}: no "
+            "step was accepted; use a smaller step or a longer warm-up, or start them elsewhere."
+        )
+    if chains.shape[1] == 1:
+        yield "R-hat needs at least two chains, and there is one; run more to see if they meet."
+    elif np.nanmax(r_hat, initial=0) > RHAT:
+        yield (
+            f"R-hat is {np.nanmax(r_hat):.3f} in coordinate {np.nanargmax(r_hat)}, above {RHAT}: "
+            "the chains have not met; run them longer, or start them elsewhere."
+        )
 
 
 def table(draws: Draws, most: int = 20) -> str:
@@ -88,7 +103,8 @@ def table(draws: Draws, most: int = 20) -> str:
         lines.append(
             f"{f'x_{i}':>6} "
             + " ".join(f"{column[i]:9.4g}" for column in numbers)
-            + f" {summary.ess_bulk[i]:9.0f} {summary.ess_tail[i]:9.0f} {summary.r_hat[i]:7.4f}"
+            + f" {summary.ess_bulk[i]:9.0f} {summary.ess_tail[i]:9.0f} "
+            + f"{summary.r_hat[i]:7.4f}".replace("nan", "  -")
         )
     if len(shown) < len(summary.mean):
         lines.append(f"and {len(summary.mean) - len(shown)} coordinates with more ESS")

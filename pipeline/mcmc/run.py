@@ -14,8 +14,9 @@ from tqdm import tqdm
 from pipeline.errors import UserError
 from pipeline.mcmc.adaptation import DualAveraging, Moments, windows
 from pipeline.mcmc.kernels import Kernel, State
-from pipeline.mcmc.targets import Law, Scaled, Target
+from pipeline.mcmc.targets import Scaled, Target, said, unbounded
 from pipeline.noise import Noise
+from pipeline.schedules import expand_as_batch
 
 __all__ = ["Draws", "run", "sample"]
 
@@ -33,7 +34,8 @@ class Draws:
             chains that wait for others are counted.
         warmup_gradients: Those of the warm-up.
         kernel: The kernel of the draws, with the step size that was found.
-        scale: The units of the coordinates that were found, with the shape of one x, or `None`.
+        scale: The units of the coordinates that were found, with the shape of one x (where it is
+            bounded, of its unbounded coordinates), or `None`.
     """
 
     x: Tensor
@@ -59,7 +61,8 @@ def run(
 
     Where the kernel accepts or rejects, the warm-up finds its step size and the unit of each
     coordinate, both frozen for the draws; else it only lets the chains forget where they started.
-    The kernel that was given is left as it was.
+    The kernel that was given is left as it was. Where the target has bounds, the chains walk in
+    its unbounded coordinates.
 
     Arguments:
         target: The law to draw from.
@@ -79,20 +82,22 @@ def run(
     """
     if draws < 1 or warmup < 0:
         raise UserError(f"draws is {draws} and warmup {warmup}; at least 1 and 0 are needed.")
-    kernel, state = copy.copy(kernel), kernel.init(target, x)
-    _check_start(state)
+    bounds, target, z = target.bounds, unbounded(target), _unbounded_start(target, x)
+    kernel, state = copy.copy(kernel), kernel.init(target, z)
+    _check_start(state, x)
     scale, spent = None, 0
     if kernel.aim is not None:
         target, state, scale, spent = _adapt(target, kernel, state, warmup, noise, progress)
     elif warmup:
         state, path, info = kernel.draw(target, state, warmup, noise, progress)
-        _check_finite(kernel, path, x, 0)
+        _check_finite(kernel, path, z, 0)
         spent = info.gradients
     start = state.x
     state, z, info = kernel.draw(target, state, draws, noise, progress)
     _check_finite(kernel, z, start, warmup)
+    z = z if scale is None else scale * z
     result = Draws(
-        z if scale is None else scale * z,
+        z if bounds is None else bounds(z),
         info.acceptance,
         info.diverged,
         len(x) * info.gradients,
@@ -136,19 +141,24 @@ def _adapt(
     return scaled, state, scale, spent
 
 
-def _said(x: Tensor) -> str:
-    values = ", ".join(f"{value:.4g}" for value in x.flatten()[:8].tolist())
-    return f"[{values}, …]" if x.numel() > 8 else f"[{values}]"
+def _unbounded_start(target: Target, x: Tensor) -> Tensor:
+    """Where the chains start in unbounded coordinates; no number for a point out of bounds."""
+    if target.bounds is None:
+        return x
+    z = target.bounds.inv(x)
+    inside = torch.isclose(target.bounds(z), x).flatten(1).all(dim=1)
+    return torch.where(expand_as_batch(inside, z), z, torch.nan)
 
 
-def _check_start(state: State) -> None:
+def _check_start(state: State, x: Tensor) -> None:
     known = [part for part in state if part is not None]
     finite = torch.stack([part.reshape(len(part), -1).isfinite().all(dim=1) for part in known])
     wrong = (~finite.all(dim=0)).nonzero().flatten().tolist()
     if wrong:
         raise UserError(
-            f"Chain {wrong[0]} starts at x = {_said(state.x[wrong[0]])}, where the density or the "
-            "score is not finite; start it where they are."
+            f"Chain {wrong[0]} starts at x = {said(x[wrong[0]])}, where the density or the score "
+            "is not finite; start it where they are, and give a bounded density as the log_prob "
+            "of an object of torch.distributions."
         )
 
 
@@ -162,7 +172,7 @@ def _check_finite(kernel: Kernel, path: Tensor, start: Tensor, first: int) -> No
         before = path[step - 1, chain] if step else start[chain]
         raise UserError(
             f"{type(kernel).__name__} left the finite numbers in chain {chain} at step "
-            f"{first + step}, from x = {_said(before)}; a smaller step is needed."
+            f"{first + step}, from x = {said(before)}; a smaller step is needed."
         )
 
 
@@ -174,7 +184,7 @@ def _warn_diverged(draws: Draws, warmup: int) -> None:
     warnings.warn(
         f"{type(draws.kernel).__name__} diverged in {len(wrong)} of {draws.diverged.numel()} "
         f"steps, first in chain {chain} at step {warmup + step}, near x = "
-        f"{_said(draws.x[step, chain])}: the draws avoid what lies there; use a smaller step, or "
+        f"{said(draws.x[step, chain])}: the draws avoid what lies there; use a smaller step, or "
         "other coordinates.",
         stacklevel=3,
     )
@@ -190,7 +200,8 @@ def sample(
     spread: float = 1.0,
     seed: int = 0,
 ) -> Draws:
-    """Run a kernel on a target, from points around 0.
+    """Run a kernel on a target, from points around 0 (of its unbounded coordinates, if it has
+    bounds).
 
     Arguments:
         target: The law to draw from.
@@ -205,14 +216,19 @@ def sample(
     Raises:
         UserError: A number is too small, or dim is not that of the target; see also `run`.
     """
-    own = target.dim if isinstance(target, Law) else dim
+    own = getattr(target, "dim", None) or dim
     if own is None or (dim is not None and dim != own):
         said = "does not say its number of coordinates" if own is None else f"has {own}"
         raise UserError(f"dim is {dim}, and {type(target).__name__} {said}; correct --dim.")
     if chains < 1:
         raise UserError(f"chains is {chains}; at least 1 is needed.")
     noise = Noise("sample", seed)
-    x = spread * noise.normal(torch.empty(chains, own, dtype=torch.float64))
+    x = torch.empty(chains, own, dtype=torch.float64)
+    if target.bounds is None:
+        x = spread * noise.normal(x)
+    else:
+        z = x.new_empty(target.bounds.inverse_shape(x.shape))
+        x = target.bounds(spread * noise.normal(z))
     interval = 0.5 if sys.stderr.isatty() else 15.0  # a log wants few lines
     with tqdm(total=warmup + draws, desc="Sampling", unit="step", mininterval=interval) as bar:
         return run(target, kernel, x, draws, warmup, noise, bar.update)

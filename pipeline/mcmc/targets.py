@@ -7,15 +7,19 @@ that learns or samples is tested. Among them the Gaussian mixture keeps its clos
 is added, and its components can be classes.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, biject_to, constraints
 
 from pipeline.building import Part
 from pipeline.condition import U
+from pipeline.errors import UserError
 from pipeline.noise import Noise
 
 __all__ = [
@@ -30,7 +34,15 @@ __all__ = [
     "Scaled",
     "StudentT",
     "Target",
+    "said",
+    "unbounded",
 ]
+
+
+def said(x: Tensor) -> str:
+    """A point in a sentence."""
+    values = ", ".join(f"{value:.4g}" for value in x.flatten()[:8].tolist())
+    return f"[{values}, …]" if x.numel() > 8 else f"[{values}]"
 
 
 class NoDensity(ValueError):
@@ -38,7 +50,13 @@ class NoDensity(ValueError):
 
 
 class Target(Part, ABC):
-    """A law with a score and, where it has one, a log-density up to a constant."""
+    """A law with a score and, where it has one, a log-density up to a constant.
+
+    Attributes:
+        bounds: The map from all of space onto the support of x; `None` where that is all of it.
+    """
+
+    bounds: Any = None  # a Transform of torch, whose annotations are none
 
     @abstractmethod
     def score(self, x: Tensor) -> Tensor:
@@ -61,20 +79,48 @@ class Density(Target):
     r"""The law of a log-density that torch can differentiate: a function, or the `log_prob` of an
     object of `torch.distributions`.
 
-    Its support must be all of space: a bounded variable is to be mapped there first
-    (`torch.distributions.TransformedDistribution`).
+    Kernels walk in all of space. A law of `torch.distributions` that is bounded, such as Gamma,
+    Beta, Uniform or Dirichlet, is known by its `log_prob`: `run` walks in the unbounded
+    coordinates that torch has for its support (see `unbounded`) and gives x in the support. Of a
+    function the support is not known: let it be all of space, or add
+    :math:`\log |\det \partial T / \partial z|` of a map x = T(z) yourself.
 
     Arguments:
         function: A function of x, with shape :math:`(B, *)`, that gives :math:`\log p(x)` up to a
             constant with shape (B,); more dimensions, such as those of independent coordinates,
             are summed. Row i of its value must depend on row i of x alone.
+
+    Raises:
+        UserError: The support is one that torch does not map; later, the function fails, or gives
+            anything but a number for each row that depends on x.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[Tensor], Tensor] | Distribution) -> None:
+        if isinstance(function, Distribution):
+            function = function.log_prob
+        self.function, self.dim = function, None
+        law = getattr(function, "__self__", None)
+        if isinstance(law, Distribution) and function == law.log_prob:
+            self.function = _trusting(law).log_prob
+            self.bounds, shape = _bounds(law), law.batch_shape + law.event_shape
+            self.dim = shape[0] if len(shape) == 1 else None
+
+    @property
+    def name(self) -> str:
+        named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return f"{named.__module__}.{named.__qualname__}"
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.function(x).reshape(len(x), -1).sum(dim=1)
+        try:
+            value = self.function(x)
+        except (UserError, NoDensity):
+            raise
+        except Exception as error:  # whatever a function of the user's does
+            raise self._failed(x, error) from error
+        is_real = isinstance(value, Tensor) and value.is_floating_point()
+        if not is_real or value.shape[:1] != x.shape[:1]:
+            raise self._wrong(x, value)
+        return value.reshape(len(x), -1).sum(dim=1)
 
     def score(self, x: Tensor) -> Tensor:
         return self.log_prob_and_score(x)[1]
@@ -82,9 +128,89 @@ class Density(Target):
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().detach().requires_grad_()
-            log_prob = self.log_prob(x)
-            (score,) = torch.autograd.grad(log_prob.sum(), x)
+            log_prob, score = self.log_prob(x), None
+            try:
+                if log_prob.requires_grad:
+                    (score,) = torch.autograd.grad(log_prob.sum(), x, allow_unused=True)
+            except RuntimeError as error:
+                raise self._failed(x, error) from error
+        if score is None:
+            raise self._wrong(x, log_prob)
         return log_prob.detach(), score
+
+    def _wrong(self, x: Tensor, value: object) -> UserError:
+        came = f"{type(value).__name__} {value!r:.60}"
+        if isinstance(value, Tensor):
+            is_fixed = x.requires_grad and not value.requires_grad
+            fixed = " that does not depend on x" if is_fixed else ""
+            came = f"a tensor of {value.dtype} with shape {tuple(value.shape)}{fixed}"
+        return UserError(
+            f"The density {self.name} gave {came} for x with shape {tuple(x.shape)}; expected log "
+            f"p of each row of x: real numbers with shape ({len(x)},), made of x by torch alone."
+        )
+
+    def _failed(self, x: Tensor, error: Exception) -> UserError:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return UserError(
+            f"The density {self.name} failed at x with shape {tuple(x.shape)}{self._first(x)} "
+            f"({reason:.300}); it must take any real x, or be the log_prob of an object of "
+            "torch.distributions, whose bounds are known."
+        )
+
+    def _first(self, x: Tensor) -> str:
+        """The first chain at whose point it fails by itself, in words."""
+        for i, row in enumerate(x.detach().split(1)):
+            try:
+                self.function(row)
+            except Exception:
+                return f", in chain {i} at {said(row)}"
+        return ""
+
+
+def _trusting(law: Distribution) -> Distribution:
+    """A law that takes any x: where a long step leaves the numbers, its density is none, and the
+    step is refused.
+    """
+    law = copy.copy(law)
+    law._validate_args = False
+    for name, part in vars(law).items():
+        if isinstance(part, Distribution):
+            setattr(law, name, _trusting(part))
+    return law
+
+
+def _bounds(law: Distribution) -> Any:
+    """The map from all of space onto the support of a law."""
+    support: Any = law.support
+    base = support
+    while hasattr(base, "base_constraint"):
+        base = base.base_constraint
+    if base is constraints.real:
+        return None
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise UserError(
+            f"{type(law).__name__} has the support {support}, onto which torch maps no real "
+            "numbers; give a function of unbounded coordinates instead."
+        ) from None
+
+
+def unbounded(target: Target) -> Target:
+    r"""The law of z, where x = T(z) and T are the target's `bounds`.
+
+    .. math:: \log p_z(z) = \log p(T(z)) + \log \Big| \det \frac{\partial T}{\partial z} \Big|
+    """
+    bounds = target.bounds
+    if bounds is None:
+        return target
+
+    def log_prob(z: Tensor) -> Tensor:
+        x = bounds(z)
+        stretch = bounds.log_abs_det_jacobian(z, x).reshape(len(z), -1)
+        return target.log_prob(x) + stretch.sum(dim=1)
+
+    return Density(log_prob)
 
 
 class Scaled(Target):

@@ -78,7 +78,8 @@ class SlicedScoreMatching(ScoreMatching):
         v_i = \pm 1 \text{ with equal odds}
 
     The signs have :math:`E \, v v^\top = I`, so its mean is that of `ScoreMatching`; of all such v
-    they give the quadratic form the least variance, none where :math:`\nabla \phi` is diagonal.
+    with independent entries they give the quadratic form the least variance, none where
+    :math:`\nabla \phi` is diagonal.
     The first term stands for :math:`(v^\top \phi)^2 / 2`: the variance-reduced form.
 
     References:

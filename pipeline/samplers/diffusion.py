@@ -10,6 +10,8 @@ from pipeline.samplers.base import Sampler, State
 
 __all__ = ["DDIM", "DPMSolver", "Heun"]
 
+LONG = 10.0  # the ratio r_t / r_s above which a step is Euler's; 18 times have at most 8.9
+
 
 class DDIM(Sampler):
     r"""Denoising diffusion implicit models.
@@ -69,6 +71,11 @@ class Heun(Sampler):
     .. math:: \tilde y = y_t + (r_s - r_t) \, f(y_t, r_t), \quad
         y_s = y_t + \tfrac{r_s - r_t}{2} \big( f(y_t, r_t) + f(\tilde y, r_s) \big)
 
+    A step with :math:`r_t > 10 \, r_s` is Euler's, that of `DDIM`. On Gaussian data Euler never
+    draws a law too wide, and Heun may by the factor :math:`r_t / 5 \, r_s` about: the slope that
+    falls to 0 at :math:`r_s` says nothing of most of a long step. The times of the default have
+    no such step; two or three would end a hundred times too wide.
+
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
         |   algorithm 1
@@ -95,6 +102,7 @@ class Heun(Sampler):
         slope = (y - denoiser(state.x, t, u)) / r_t
         ahead = y + (r_s - r_t) * slope
         slope_ahead = (ahead - denoiser(alpha_s * ahead, s, u)) / r_s
+        slope_ahead = torch.where(r_t > LONG * r_s, slope, slope_ahead)
         return State(alpha_s * (y + (r_s - r_t) / 2 * (slope + slope_ahead)))
 
 

@@ -41,7 +41,10 @@ class Likelihood:
     The path :math:`y_s` is that of `Heun` from the last time to the first, the integral the
     trapezoidal rule on its grid in :math:`\log s`: an error of order 2 in the step.
 
-    It is the density, normalised for every D, of what `Heun` draws before its last D. Where D is
+    As the steps grow it is the density, normalised for every D, of what `Heun` draws before its
+    last D. With few steps it is too high, so that bits come out too few: on a mixture on the line
+    it integrates to 1.006 to 1.013 with 64 steps and to 1.001 to 1.003 with 128, depending on the
+    schedule, and to a quarter of the excess with twice the steps. Where D is
     the conditional mean that is the law of :math:`x + s_0 n`, x with the schedule's least noise,
     but for the start: :math:`N(0, s_1^2 I)` instead of the law of :math:`x + s_1 n`, which shifts
     :math:`\log p` by a random number of standard deviation :math:`|E x| / s_1` about. Where D is
