@@ -36,8 +36,8 @@ evaluate: $(SETUP) ## Measure the newest checkpoint, or CHECKPOINT
 lecture: $(SETUP) ## Climb the lecture's ladder (ten minutes or so) and write docs/lecture.md
 	@exec $(PY) benchmarks/lecture.py $(ARGS)
 
-test: $(SETUP) ## Run the quick tests
-	@exec $(PY) -m pytest -m "not slow" $(ARGS)
+test: $(SETUP) ## Run the quick tests, some files at once (ARGS="-n 0": one after the other)
+	@exec $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
 test-full: $(SETUP) ## Run all tests, the slow ones too
 	@exec $(PY) -m pytest $(ARGS)

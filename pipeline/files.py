@@ -1,5 +1,6 @@
 """Files: written whole or not at all, known by a digest, or found in an installed package."""
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -8,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -172,34 +173,55 @@ def check_writable(folder: Path, out: object) -> None:
 
 @contextmanager
 def new_folder(out: str | None, results: Sequence[str]) -> Iterator[Path]:
-    """A folder for results, which can be written to and holds none of before; where nothing comes
-    of it, it is not left behind.
+    """A folder for results, which can be written to, holds none of before, and is no other
+    process's as long as this one lives; where nothing comes of it, it is not left behind.
 
     Arguments:
         out: The folder; by default a new one, `outputs/TIME`.
         results: Patterns of the files that will be written.
 
     Raises:
-        UserError: It cannot be written to, or holds results.
+        UserError: It cannot be written to, holds results, or is being written to.
     """
-    now, again = time.strftime("%Y%m%d-%H%M%S"), 1
-    folder = Path(out or f"outputs/{now}")
-    made = not folder.exists()
-    check_writable(folder if out else folder.parent, folder)
-    while out is None:
+    folder = Path(out or f"outputs/{time.strftime('%Y%m%d-%H%M%S')}")
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    with ExitStack() as held:
+        held.callback(_remove, made)
+        check_writable(folder if out else folder.parent, folder)
+        if out is None:
+            first, again = folder, 1
+            while not _make(folder):  # another process has begun in this second
+                again += 1
+                folder = first.with_name(f"{first.name}-{again}")
+            made[:] = [folder, *(f for f in made if f != first)]
+        opened = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, opened)
         try:
-            folder.mkdir()
-            break
-        except FileExistsError:  # another process has begun in this second
-            again += 1
-            folder = Path(f"outputs/{now}-{again}")
-    if any(next(folder.glob(pattern), None) for pattern in results):
-        raise UserError(
-            f"--out {folder} holds results already; name another folder, so that none is lost."
-        )
-    try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {folder} is being written to by another process; name another folder."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        if any(next(folder.glob(pattern), None) for pattern in results):
+            raise UserError(
+                f"--out {folder} holds results already; name another folder, so that none is lost."
+            )
         yield folder
-    finally:
-        with suppress(OSError):  # it is not empty
-            if made or out is None:
-                folder.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder; whether it was not there."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders, from the innermost on, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

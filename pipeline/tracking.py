@@ -43,8 +43,6 @@ def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    if mode == "offline":
-        os.environ.setdefault("WANDB_SILENT", "true")  # there is no page to point to
     logger = WandbLogger(
         name=run.name,
         project=project,
@@ -54,7 +52,11 @@ def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":
         offline=mode == "offline",
         mode=mode,  # or W&B has made up its mind when it was asked for a key
         log_model=False,
-        settings=wandb.Settings(init_timeout=PATIENCE, login_timeout=PATIENCE),
+        settings=wandb.Settings(
+            init_timeout=PATIENCE,
+            login_timeout=PATIENCE,
+            silent=mode == "offline",  # there is no page to point to
+        ),
     )
     try:
         logger.experiment  # noqa: B018  it is opened at the first look
@@ -77,6 +79,8 @@ def _logged_in() -> bool:
     import wandb
 
     try:
+        # Its greeting names the user: it asks the server who that is, and waits.
+        wandb.setup(settings=wandb.Settings(silent=True))
         return wandb.login(prompt=False, verify=False)
     except Exception:  # a key that is none, a settings file that cannot be read
         return False

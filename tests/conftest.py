@@ -1,11 +1,14 @@
 """What several test files share."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tensors here are small: more threads wait for each other
+os.environ["WANDB_MODE"] = "disabled"  # but where a test looks at what W&B was told
+
 import pytest
 import torch
 
 from pipeline.mcmc.targets import GaussianMixture
-
-torch.set_num_threads(1)  # the tensors here are small: more threads only wait for each other
 
 
 @pytest.fixture

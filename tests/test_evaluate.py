@@ -407,11 +407,10 @@ def test_a_sweep_goes_on_where_it_stopped(
     ]
 
 
-def test_wandb_holds_table_and_summary(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    apart(command(run, "--out", str(tmp_path / "r.json"), "--number", "6", "--wandb"))
+def test_wandb_holds_table_and_summary(run: Path, tmp_path: Path) -> None:
+    args = command(run, "--out", str(tmp_path / "r.json"), "--number", "6", "--wandb")
+    done = apart(["-m", "pipeline", *args], tmp_path)
+    assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "r.json").read_text())
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     summary, config = {}, {}

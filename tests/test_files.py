@@ -56,6 +56,25 @@ def test_a_new_folder_holds_no_results(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_is_of_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        new_folder(str(tmp_path), ["*.png"]),
+        pytest.raises(UserError, match=f"--out {tmp_path} is being written to by another"),
+        new_folder(str(tmp_path), ["*.png"]),
+    ):
+        pass
+    with new_folder(str(tmp_path), ["*.png"]):
+        pass
+
+
+def test_no_parent_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (None, "a/b"):
+        with pytest.raises(RuntimeError), new_folder(out, []):
+            raise RuntimeError
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_folder_of_ones_own_stays(tmp_path: Path) -> None:
     with new_folder(str(tmp_path), []):
         pass

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -41,21 +42,23 @@ def records(file: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracking") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder.parent))  # logged in nowhere
-        patch.delenv("WANDB_API_KEY", raising=False)
-        patch.delenv("WANDB_MODE", raising=False)
-        cache = ["--data.cache_dir", str(folder.parent / "cache")]
-        apart(command(folder, "--trainer.logger", "null", *cache))
+    cache = ["--data.cache_dir", str(folder.parent / "cache")]
+    door = ["-m", "pipeline", *command(folder, "--trainer.logger", "null", *cache)]
+    done = apart(door, folder.parent)  # only when its process has ended is W&B's file whole
+    assert done.returncode == 0, done.stderr
     return folder
 
 
-def apart(args: list[str]) -> None:
-    """Run a door in a process of its own: only when that has ended is W&B's file whole."""
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    line = [sys.executable, "-m", "pipeline", *args]
-    done = subprocess.run(line, env=os.environ | paths, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def apart(args: list[str], home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, where W&B has not made up its mind yet.
+
+    W&B leaves variables behind for the processes that follow: among them the address of a service
+    that does not end with them, and so keeps the last of their records to itself.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    paths = {"HOME": str(home), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = kept | paths | variables
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
 
 
 def test_csv_holds_losses_and_throughput(run: Path) -> None:
@@ -89,29 +92,37 @@ def test_wandb_offline_holds_config_command_losses_and_sheets(run: Path) -> None
     assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
 
 
-def python(code: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a few lines in a process of its own, where W&B has not made up its mind yet."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
-    told = kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | variables
-    line = [sys.executable, "-c", code]
-    return subprocess.run(line, env=told, capture_output=True, text=True, timeout=300)
-
-
+ASK = "import wandb; print(wandb.setup().settings.base_url)"
 KNOWN = "from pipeline.tracking import _logged_in; print(_logged_in())"
+
+
+def said(code: str, home: Path, **variables: str) -> str:
+    """The last word that these lines print."""
+    done = apart(["-c", code], home, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
 
 
 def test_whoever_wandb_knows_is_logged_in(tmp_path: Path) -> None:
     """`wandb login` writes its server's name into netrc: whichever that is, W&B is asked."""
-    ask = "import wandb; print(wandb.setup().settings.base_url)"
-    server = urlsplit(python(ask, tmp_path).stdout.split()[-1]).hostname
-    assert python(KNOWN, tmp_path).stdout.split()[-1] == "False"
-    assert python(KNOWN, tmp_path, WANDB_API_KEY="k" * 40).stdout.split()[-1] == "True"
+    server = urlsplit(said(ASK, tmp_path)).hostname
+    assert said(KNOWN, tmp_path) == "False"
+    assert said(KNOWN, tmp_path, WANDB_API_KEY="k" * 40) == "True"
     netrc = tmp_path / ".netrc"
     netrc.write_text(f"machine {server} login user password {'0' * 40}\n")
     netrc.chmod(0o600)
-    assert python(KNOWN, tmp_path).stdout.split()[-1] == "True"
+    assert said(KNOWN, tmp_path) == "True"
     elsewhere = {"WANDB_BASE_URL": "https://elsewhere.org"}
-    assert python(KNOWN, tmp_path, **elsewhere).stdout.split()[-1] == "False"
+    assert said(KNOWN, tmp_path, **elsewhere) == "False"
+
+
+def test_asking_who_is_logged_in_waits_for_no_server(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes a call and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert said(KNOWN, tmp_path, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=url) == "True"
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            silent.accept()
 
 
 UNREACHABLE = """
@@ -129,7 +140,7 @@ def test_where_the_server_does_not_answer_the_run_is_kept_offline(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     nobody = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = python(UNREACHABLE, tmp_path, **nobody)
+    done = apart(["-c", UNREACHABLE], tmp_path, **nobody)
     assert done.returncode == 0, done.stderr
     assert "cannot be reached" in done.stderr and list(tmp_path.glob("run/wandb/offline-run-*"))
 
