@@ -39,6 +39,7 @@ from pipeline.schedules import Schedule, expand_as_batch
 
 __all__ = [
     "EDM",
+    "Clean",
     "Denoiser",
     "Energy",
     "Extrapolated",
@@ -263,6 +264,14 @@ class Preconditioned(Denoiser):
         return self.scales(self.schedule.ratio(t))[2] ** -2
 
 
+def _positive_sigma(sigma_data: float) -> float:
+    if not sigma_data > 0:
+        raise ValueError(
+            f"sigma_data = {sigma_data} must be positive: it is a standard deviation of the data."
+        )
+    return sigma_data
+
+
 class EDM(Preconditioned):
     r"""Scales that keep the network's input and target at unit variance at every noise level.
 
@@ -285,12 +294,7 @@ class EDM(Preconditioned):
 
     def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 0.5) -> None:
         super().__init__(network, schedule)
-        if not sigma_data > 0:
-            raise ValueError(
-                f"sigma_data = {sigma_data} must be positive: it is a standard deviation of "
-                f"the data."
-            )
-        self.sigma_data = sigma_data
+        self.sigma_data = _positive_sigma(sigma_data)
 
     def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = s**2 + self.sigma_data**2
@@ -318,6 +322,35 @@ class Flow(Preconditioned):
     def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         share = 1 / (1 + s)
         return share, share, -s * share
+
+
+class Clean(Preconditioned):
+    r"""A network that gives clean x itself.
+
+    .. math:: c_\text{in} = \frac{1}{\sqrt{s^2 + \sigma_d^2}}, \quad c_\text{skip} = 0, \quad
+        c_\text{out} = 1
+
+    Of noise the network must pass on nothing: clean pictures lie on few dimensions and noise on
+    all, so a narrow network gives flat ground where one that is asked for noise leaves some of
+    it. At low noise nothing of y is passed beside the network either: fine texture costs it
+    width. Train it with the weight of the velocity (`objectives.Velocity`).
+
+    References:
+        | Back to Basics: Let Denoising Generative Models Denoise (Li & He, 2025)
+        | https://arxiv.org/abs/2511.13720
+
+    Arguments:
+        network: The network F(x, level, u), whose output has the shape of x.
+        schedule: The noise schedule.
+        sigma_data: The standard deviation :math:`\sigma_d` of the data.
+    """
+
+    def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 0.5) -> None:
+        super().__init__(network, schedule)
+        self.sigma_data = _positive_sigma(sigma_data)
+
+    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (s**2 + self.sigma_data**2) ** -0.5, torch.zeros_like(s), torch.ones_like(s)
 
 
 class Energy(FromScore, EDM):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from pipeline.condition import Condition, U
-from pipeline.denoisers import EDM, Denoiser, Flow, Preconditioned, ScoreDenoiser
+from pipeline.denoisers import EDM, Clean, Denoiser, Flow, Preconditioned, ScoreDenoiser
 from pipeline.mcmc.targets import GaussianMixture, Target
 from pipeline.networks import MLP, Network
 from pipeline.noise import Noise
@@ -153,6 +153,23 @@ def flow(schedule: Schedule) -> Flow:
     return Flow(Recorder(), schedule)
 
 
+def clean(schedule: Schedule, sigma_data: float = 0.5) -> Clean:
+    return Clean(Recorder(), schedule, sigma_data)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+@pytest.mark.parametrize("t", TIMES)
+def test_clean_is_the_network_s_output(schedule: Schedule, t: float) -> None:
+    x_t = Noise("x").normal(torch.zeros(5, 3, 2, 2, dtype=torch.float64))
+    denoiser = clean(schedule, 0.7)
+    d = denoiser(x_t, f64(t))
+    alpha, sigma = schedule(f64(t))
+    assert torch.equal(d, denoiser.network.output)
+    expected = x_t / alpha / torch.hypot(sigma / alpha, f64(0.7))
+    assert torch.allclose(denoiser.network.x, expected, rtol=1e-12)
+    assert denoiser.weight(f64(t)) == 1
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 @pytest.mark.parametrize("t", TIMES)
 @pytest.mark.parametrize("sigma_d", [0.5, 1.3])
@@ -239,7 +256,7 @@ def test_flow_of_the_true_velocity_is_the_data(mixture: GaussianMixture) -> None
         assert (d - x_0).abs().max() < 1e-12  # float64 rounding of numbers near 1
 
 
-@pytest.mark.parametrize("make", [edm, flow], ids=["EDM", "Flow"])
+@pytest.mark.parametrize("make", [edm, flow, clean], ids=["EDM", "Flow", "Clean"])
 @pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=named)
 def test_rescheduling_leaves_d_unchanged(
     make: Callable[[Schedule], Preconditioned], schedule: Schedule, mixture: GaussianMixture
@@ -263,7 +280,7 @@ def test_weight_puts_the_error_in_units_of_the_network(schedule: Schedule) -> No
     """w |D − x|² = |F − F*|², where F* is the output that gives D = x."""
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
     x_t = Noise("w").normal(torch.zeros(9, 2, dtype=torch.float64))
-    for denoiser in (edm(schedule), flow(schedule)):
+    for denoiser in (edm(schedule), flow(schedule), clean(schedule)):
         d = denoiser(x_t, t)
         f = denoiser.network.output
 
@@ -279,9 +296,9 @@ def test_weight_puts_the_error_in_units_of_the_network(schedule: Schedule) -> No
     assert torch.allclose(flow(schedule).weight(t), (1 + 1 / schedule.ratio(t)) ** 2, rtol=1e-9)
 
 
-@pytest.mark.parametrize("family", [EDM, Flow])
+@pytest.mark.parametrize("family", [EDM, Flow, Clean])
 def test_a_low_precision_network_leaves_the_sum_in_float32(
-    family: type[EDM] | type[Flow],
+    family: type[EDM] | type[Flow] | type[Clean],
 ) -> None:
     torch.manual_seed(0)
     seen = []
@@ -311,7 +328,7 @@ def test_float32_and_float64_agree() -> None:
     t = torch.linspace(0, 1, 64)
     x_t = Noise("f32").normal(torch.zeros(64, 2))
     for schedule in SCHEDULES:
-        for denoiser in (edm(schedule), flow(schedule)):
+        for denoiser in (edm(schedule), flow(schedule), clean(schedule)):
             low, exact = denoiser(x_t, t), denoiser(x_t.double(), t.double())
             # Cosine knows α_1 = 1e-3 to 1e-4 in float32, and D is its multiple; else 30 eps
             tolerance = 1e-3 if isinstance(schedule, Cosine) else 5e-5
@@ -336,6 +353,8 @@ def test_u_and_level_reach_the_network() -> None:
 def test_sigma_data_is_positive(sigma_data: float) -> None:
     with pytest.raises(ValueError, match="sigma_data"):
         EDM(nn.Identity(), VP(), sigma_data)
+    with pytest.raises(ValueError, match="sigma_data"):
+        Clean(nn.Identity(), VP(), sigma_data)
 
 
 def test_a_denoiser_is_abstract() -> None:

@@ -22,6 +22,7 @@ from pipeline.condition import U
 from pipeline.denoisers import Preconditioned
 from pipeline.noise import Noise
 from pipeline.objectives.base import Objective
+from pipeline.objectives.weights import Weight
 from pipeline.schedules import Schedule, expand_as_batch
 
 __all__ = ["DSM", "Levels", "LogNormal", "OneLevelDSM", "UniformTime"]
@@ -129,7 +130,8 @@ class DSM(Objective):
     .. math:: w(t) \, \frac{1}{d} \| D(\alpha_t x + \sigma_t n, t, u) - x \|^2, \quad
         t \sim \text{levels}, \quad d = \dim x
 
-    The weight w is the denoiser's own, which puts the error in units of the network's output.
+    Without a weight w it is the denoiser's own, which puts the error in units of the network's
+    output.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
@@ -140,12 +142,13 @@ class DSM(Objective):
         levels: The law of the noise levels.
         bands: The number of equally likely bands of levels, low noise first, into which the
             validation loss is divided.
+        weight: The weight w of the error at each level; by default the denoiser's own.
     """
 
-    def __init__(self, levels: Levels, bands: int = 4) -> None:
+    def __init__(self, levels: Levels, bands: int = 4, weight: Weight | None = None) -> None:
         if bands < 1:
             raise ValueError(f"bands = {bands} must be at least 1.")
-        self.levels = levels
+        self.levels, self.weight = levels, weight
         self.bands = tuple(f"band_{k}" for k in range(bands))
 
     def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
@@ -163,7 +166,8 @@ class DSM(Objective):
         alpha_t, sigma_t = (expand_as_batch(s, x) for s in denoiser.schedule(t))
         x_t = alpha_t * x + sigma_t * noise.normal(x)
         error = denoiser(x_t, t, u) - x
-        return denoiser.weight(t) * error.square().flatten(1).mean(dim=1)
+        weight = denoiser.weight(t) if self.weight is None else self.weight(sigma_t / alpha_t)
+        return weight.flatten() * error.square().flatten(1).mean(dim=1)
 
     def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The band of each time: bands are cut at quantiles of the level, whatever the order of a
