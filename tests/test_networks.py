@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.condition import Condition, U
-from pipeline.networks import MLP, Network, UNet
+from pipeline.networks import MLP, DiT, Network, UNet
+from pipeline.networks import dit as transformer
 from pipeline.networks.layers import (
     CrossAttention,
     LevelEmbedding,
@@ -48,6 +49,11 @@ def unet(**settings: object) -> nn.Module:
     return awake(UNet(**given))
 
 
+def dit(**settings: object) -> nn.Module:
+    given: dict = {"channels": 1, "u_dim": E, "width": 24, "depth": 2, "head_width": 12}
+    return awake(DiT(**given | settings))
+
+
 def mlp(**settings: object) -> nn.Module:
     given: dict = {"x_dim": 3, "u_dim": E, "width": 16, "depth": 2} | settings
     return awake(MLP(**given))
@@ -65,6 +71,10 @@ def pictures(way: str, u_dim: int = E) -> tuple[nn.Module, Tensor]:
     return unet(u_dim=u_dim, **WAYS[way]), normal(4, 1, 8, 8)
 
 
+def patches(u_dim: int = E) -> tuple[nn.Module, Tensor]:
+    return dit(u_dim=u_dim), normal(4, 1, 8, 8)
+
+
 def vectors(u_dim: int = E) -> tuple[nn.Module, Tensor]:
     return mlp(u_dim=u_dim), normal(4, 3)
 
@@ -72,6 +82,7 @@ def vectors(u_dim: int = E) -> tuple[nn.Module, Tensor]:
 # what makes a network and an input for it, for each way to take u
 Make = Callable[..., tuple[nn.Module, Tensor]]
 TAKERS = [pytest.param(partial(pictures, way), id=way) for way in WAYS]
+TAKERS.append(pytest.param(patches, id="DiT"))
 TAKERS.append(pytest.param(vectors, id="MLP"))
 LEVEL = torch.tensor([-5.0, -1.0, 0.5, 4.0], dtype=torch.float64)
 
@@ -222,10 +233,13 @@ def test_unet_bad_arguments(settings: dict, sentence: str) -> None:
         UNet(**settings)
 
 
-@pytest.mark.parametrize("network", [UNet(1, E, (16, 32), 1, attend=(1,)), MLP(3, E, 16)])
+@pytest.mark.parametrize(
+    "network",
+    [UNet(1, E, (16, 32), 1, attend=(1,)), DiT(1, E, 32, 2, head_width=16), MLP(3, E, 16)],
+)
 def test_a_new_network_answers_zero_and_soon_heeds_level_and_u(network: nn.Module) -> None:
     """Zero at first, so D = c_skip y; a few steps later it depends on level and u."""
-    picture = isinstance(network, UNet)
+    picture = not isinstance(network, MLP)
     x = (normal(4, 1, 8, 8) if picture else normal(4, 3)).float()
     level, u = LEVEL.float(), condition(4).to(torch.float32)
     assert network(x, level, u).eq(0).all()
@@ -244,6 +258,7 @@ def test_a_new_network_answers_zero_and_soon_heeds_level_and_u(network: nn.Modul
 def test_unconditional_networks() -> None:
     for network, x in (
         (unet(u_dim=0, attention=(0, 1)), normal(4, 1, 8, 8)),
+        (dit(u_dim=0), normal(4, 1, 8, 8)),
         (mlp(u_dim=0), normal(4, 3)),
     ):
         y = network(x, LEVEL)
@@ -363,6 +378,93 @@ def test_block(width_in: int, width: int) -> None:
     assert torch.allclose(block(x, c), expected, atol=CLOSE)
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def turn(n: int, width: int) -> tuple[Tensor, Tensor]:
+    angles = normal(n, width // 2, key="angles")
+    return angles.cos(), angles.sin()
+
+
+def test_attention_of_a_transformer() -> None:
+    layer = awake(transformer.Attention(24, 12))
+    x, mask = normal(2, 5, 24), torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    q, k, v = layer.qkv(x).split(24, dim=-1)
+    angles = turn(5, 12)
+
+    def prepared(z: Tensor, norm: nn.RMSNorm) -> Tensor:
+        heads = [rms_norm(head) * norm.weight for head in z.split(12, dim=-1)]
+        pairs = [torch.complex(head[..., :6], head[..., 6:]) for head in heads]
+        spun = [pair * torch.complex(*angles) for pair in pairs]
+        return torch.cat([part for z in spun for part in (z.real, z.imag)], dim=-1)
+
+    q, k = prepared(q, layer.norm_q), prepared(k, layer.norm_k)
+    expected = layer.out(softmax_attention(q, k, v, 2, mask))
+    assert torch.allclose(layer(x, angles, mask[:, None, None]), expected, atol=CLOSE)
+
+
+def test_block_of_a_transformer() -> None:
+    block = awake(transformer.Block(24, 12))
+    x, c, angles = normal(2, 5, 24), normal(2, 24, key="c"), turn(5, 12)
+    parts = block.modulation(c)[:, None].split(24, dim=-1)
+    h = x + parts[2] * block.attention(rms_norm(x) * (1 + parts[0]) + parts[1], angles, None)
+    gate, value = block.feed.both(rms_norm(h) * (1 + parts[3]) + parts[4]).chunk(2, dim=-1)
+    expected = h + parts[5] * block.feed.out(gate * torch.sigmoid(gate) * value)
+    assert torch.allclose(block(x, c, angles, None), expected, atol=CLOSE)
+    assert block.feed.out.in_features == 64  # 8/3 of 24
+    fresh = transformer.Block(24, 12).double()
+    assert torch.equal(fresh(x, c, angles, None), x)  # nothing at first
+
+
+def test_queries_meet_keys_by_how_far_they_are() -> None:
+    """Rotary places: a product depends on the difference of two places alone."""
+    places = torch.tensor([[0.0, 0.0], [2, 1], [3, -4], [5, -3]]).double()
+    angles = transformer._angles(places, 12)
+    q, k = (
+        transformer.turned(normal(1, 12, key=key).expand(4, 12), (angles.cos(), angles.sin()))
+        for key in ("q", "k")
+    )
+    product = q @ k.T
+    assert torch.allclose(product[0, 1], product[2, 3], atol=CLOSE)  # both (2, 1) apart
+    assert torch.allclose(product.diagonal(), product[0, 0].expand(4), atol=CLOSE)
+    assert (product[0, 1] - product[1, 0]).abs() > 1e-3  # and on its sign
+
+
+def test_a_transformer_sees_where_a_patch_is_and_every_word() -> None:
+    network = dit()
+    out = network(torch.zeros(1, 1, 8, 8).double(), LEVEL[:1], condition(1))
+    squares = out.unfold(2, 2, 2).unfold(3, 2, 2).reshape(16, 4)
+    assert (torch.cdist(squares, squares) + torch.eye(16) > 1e-6).all()
+    swapped = condition(1).map(lambda tokens: tokens.flip(1))  # words have no order: the text
+    y = network(normal(1, 1, 8, 8), LEVEL[:1], condition(1))  # encoder has put it into them
+    assert torch.allclose(network(normal(1, 1, 8, 8), LEVEL[:1], swapped), y, atol=CLOSE)
+    without = condition(1)  # the mean of the others, so that the average is the same
+    assert without.tokens is not None
+    same = without.map(lambda tokens: rms_norm(tokens).mean(dim=1, keepdim=True))
+    assert (network(normal(1, 1, 8, 8), LEVEL[:1], same) - y).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("size", "patch"), [((8, 8), 2), ((8, 12), 4), ((4, 6), 1)])
+def test_a_transformer_of_oblongs(size: tuple[int, int], patch: int) -> None:
+    network, x = dit(channels=2, patch=patch), normal(4, 2, *size)
+    y = network(x, LEVEL, condition(4))
+    assert y.shape == x.shape
+    nudged = x.clone()
+    nudged[:, :, -1, -1] += 1  # the last patch: its own answer moves the most
+    move = (network(nudged, LEVEL, condition(4)) - y).abs().amax(dim=(0, 1))
+    assert move[-patch:, -patch:].max() == move.max()
+
+
+def test_a_transformer_refuses() -> None:
+    for head_width in (6, 16):
+        with pytest.raises(ValueError, match=f"head_width = {head_width} must be a multiple of 4"):
+            DiT(width=24, head_width=head_width)
+    with pytest.raises(ValueError, match="7×8 does not divide into patches of 2"):
+        dit(u_dim=0)(normal(1, 1, 7, 8), LEVEL[:1])
+
+
 def test_width_groups() -> None:
     assert [width_groups(w) for w in (16, 48, 96, 24, 20, 7)] == [1, 3, 6, 3, 5, 7]
 
@@ -406,10 +508,13 @@ def with_planes(n: int, channels: int = 1, size: int = 8) -> Condition:
     return Condition(planes=normal(n, channels, size, size, key="planes"))
 
 
-@pytest.mark.parametrize("way", [None, *WAYS])
+@pytest.mark.parametrize("way", [None, *WAYS, "DiT"])
 def test_it_depends_on_the_planes(way: str | None) -> None:
     """Alone, and beside tokens that are taken in one way or another."""
-    network = unet(u_dim=E, planes=2, **WAYS[way]) if way else unet(u_dim=0, planes=2)
+    if way == "DiT":
+        network = dit(planes=2)
+    else:
+        network = unet(u_dim=E, planes=2, **WAYS[way]) if way else unet(u_dim=0, planes=2)
     x, planes = normal(4, 1, 8, 8), with_planes(4, 2).planes
     u = Condition(tokens(4) if way else None, planes)
     y = network(x, LEVEL, u)
@@ -449,7 +554,7 @@ def test_planes_are_where_a_network_takes_them_and_as_large_as_x() -> None:
             network(x, LEVEL, u)
     with pytest.raises(ValueError, match=f"condition of width 0 and was given {E}"):
         network(x, LEVEL, Condition(tokens(4), with_planes(4).planes))
-    for blind, x_t in ((unet(), x), (mlp(), normal(4, 3))):
+    for blind, x_t in ((unet(), x), (dit(), x), (mlp(), normal(4, 3))):
         with pytest.raises(ValueError, match="takes 0 planes of u and was given 1"):
             blind(x_t, LEVEL, Condition(tokens(4), with_planes(4).planes))
 

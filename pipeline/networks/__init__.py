@@ -1,3 +1,4 @@
 from pipeline.networks.base import *
+from pipeline.networks.dit import *
 from pipeline.networks.mlp import *
 from pipeline.networks.unet import *

@@ -13,6 +13,7 @@ __all__ = [
     "LevelEmbedding",
     "SelfAttention",
     "check_condition",
+    "check_planes",
     "pool",
     "width_groups",
     "zero",
@@ -61,6 +62,15 @@ def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
     have = 0 if u is None or u.planes is None else u.planes.shape[1]
     if have != planes:
         raise ValueError(f"The network takes {planes} planes of u and was given {have}.")
+
+
+def check_planes(planes: Tensor, x: Tensor) -> None:
+    """Raise `ValueError` unless the planes of u have the picture's height and width."""
+    if planes.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"The planes of u are of {planes.shape[2]}×{planes.shape[3]} and the picture of "
+            f"{x.shape[2]}×{x.shape[3]}; they must be equal."
+        )
 
 
 def zero(layer: nn.Linear | nn.Conv2d) -> None:

@@ -13,6 +13,7 @@ from pipeline.networks.layers import (
     LevelEmbedding,
     SelfAttention,
     check_condition,
+    check_planes,
     pool,
     width_groups,
     zero,
@@ -172,7 +173,7 @@ class UNet(Network):
         check_condition(u, self.u_dim, self.planes)
         tokens, planes = (None, None) if u is None else (u.tokens, u.planes)
         if planes is not None:
-            self._check_planes(planes, x)
+            check_planes(planes, x)
             x = torch.cat((x, planes), dim=1)
         h = F.pixel_unshuffle(x, self.patch)  # (B, C·p², H/p, W/p)
         c = self.level(level)
@@ -198,13 +199,6 @@ class UNet(Network):
             if k < len(self.upsample):
                 h = self.upsample[k](F.interpolate(h, scale_factor=2.0))
         return F.pixel_shuffle(self.output(F.silu(self.norm(h))), self.patch)
-
-    def _check_planes(self, planes: Tensor, x: Tensor) -> None:
-        if planes.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"The planes of u are of {planes.shape[2]}×{planes.shape[3]} and the picture of "
-                f"{x.shape[2]}×{x.shape[3]}; they must be equal."
-            )
 
     def _check(self, x: Tensor) -> None:
         fold = self.patch * 2 ** (len(self.widths) - 1)

@@ -1,0 +1,201 @@
+"""A transformer for pictures."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.condition import U
+from pipeline.networks.base import Network
+from pipeline.networks.layers import LevelEmbedding, check_condition, check_planes, pool, zero
+
+__all__ = ["DiT"]
+
+BASE = 100.0  # of the rotary frequencies: the slowest turns once in 200 π patches
+
+
+Turn = tuple[Tensor, Tensor]  # cosine and sine of each angle of each token, (N, head_width / 2)
+
+
+def turned(x: Tensor, turn: Turn) -> Tensor:
+    """Each pair of channels (k, k + half) of x (…, N, C) turned by its angle."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (part.to(x.dtype) for part in turn)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Self-attention among tokens, queries and keys normalised and then turned by their place."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = width // head_width
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_q = nn.RMSNorm(head_width, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_width, eps=1e-6)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
+        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = parts  # each (B, heads, N, head_width)
+        q, k = turned(self.norm_q(q), turn), turned(self.norm_k(k), turn)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward layer, with as many weights as one four times as wide as its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = 16 * math.ceil(8 * width / 48)
+        self.both, self.out = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.both(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each normalised, modulated, gated and added."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(width, head_width)
+        self.norm_2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.feed = SwiGLU(width)
+        self.modulation = nn.Linear(width, 6 * width)
+        zero(self.modulation)
+
+    def forward(self, x: Tensor, c: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
+        a, shift_a, gate_a, f, shift_f, gate_f = self.modulation(c)[:, None].chunk(6, dim=-1)
+        h = torch.addcmul(shift_a, self.norm_1(x), 1 + a)
+        x = torch.addcmul(x, gate_a, self.attention(h, turn, mask))
+        h = torch.addcmul(shift_f, self.norm_2(x), 1 + f)
+        return torch.addcmul(x, gate_f, self.feed(h))
+
+
+class DiT(Network):
+    r"""A transformer over the patches of a picture and the tokens of u, all in one sequence.
+
+    A patch of p × p pixels is a token; its place is added to it and turns its queries and keys
+    (rotary, half of a head's channels by y and half by x), so that attention sees both where a
+    patch is and how far others are. The tokens of u stand before the patches and are turned by
+    nothing: every block attends to every word. Tokens that are exactly zero are padding and are
+    masked. Level and averaged tokens modulate each block, which adds nothing at first.
+
+    References:
+        | Scalable Diffusion Models with Transformers (Peebles & Xie, 2023): adaLN-zero
+        | https://arxiv.org/abs/2212.09748
+        | GLU Variants Improve Transformer (Shazeer, 2020): SwiGLU
+        | https://arxiv.org/abs/2002.05202
+        | Rotary Position Embedding for Vision Transformer (Heo et al., 2024): the axial form
+        | https://arxiv.org/abs/2403.13298
+        | Scaling Vision Transformers to 22 Billion Parameters (Dehghani et al., 2023): queries
+        |   and keys normalised
+        | https://arxiv.org/abs/2302.05442
+
+    Arguments:
+        channels: The number C of channels of the picture; 3 for RGB, 1 for grey.
+        u_dim: The width E of a token of u; 0 for an unconditional network.
+        width: The width of a token in the network.
+        depth: The number of blocks.
+        patch: The side p of a patch in pixels: 2 for pictures of 32, 4 for 64.
+        head_width: The number of channels of a head, a multiple of 4 that divides the width.
+        planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
+            where u is a picture.
+
+    Raises:
+        ValueError: head_width is no multiple of 4 or does not divide the width.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        u_dim: int = 0,
+        width: int = 384,
+        depth: int = 12,
+        patch: int = 2,
+        head_width: int = 64,
+        planes: int = 0,
+    ) -> None:
+        super().__init__()
+        if head_width % 4 or width % head_width:
+            raise ValueError(
+                f"head_width = {head_width} must be a multiple of 4 that divides the width "
+                f"{width}."
+            )
+        self.channels, self.u_dim, self.planes = channels, u_dim, planes
+        self.patch, self.head_width = patch, head_width
+        self.level = LevelEmbedding(width)
+        self.norm_u = nn.RMSNorm(u_dim, eps=1e-6) if u_dim else None
+        self.tokens = nn.Linear(u_dim, width) if u_dim else None
+        self.modulate = nn.Linear(u_dim, width) if u_dim else None
+        self.input = nn.Linear((channels + planes) * patch**2, width)
+        self.blocks = nn.ModuleList(Block(width, head_width) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, channels * patch**2)
+        zero(self.modulation)
+        zero(self.output)
+
+    def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+        r"""The network's output, with the shape of x.
+
+        Arguments:
+            x: A scaled noisy picture, with shape (B, C, H, W), its sides multiples of the patch.
+            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
+            u: The condition, its planes of the picture's height and width; `None` where u_dim and
+                planes are 0.
+        """
+        if x.shape[-1] % self.patch or x.shape[-2] % self.patch:
+            raise ValueError(
+                f"A picture of {x.shape[-2]}×{x.shape[-1]} does not divide into patches of "
+                f"{self.patch}; change the size or the patch."
+            )
+        check_condition(u, self.u_dim, self.planes)
+        if u is not None and u.planes is not None:
+            check_planes(u.planes, x)
+            x = torch.cat((x, u.planes), dim=1)
+        h = F.pixel_unshuffle(x, self.patch)  # (B, C·p², H/p, W/p)
+        places = _places(h)  # (N, 2)
+        h = self.input(h.flatten(2).transpose(1, 2))  # (B, N, width)
+        h = h + _waves(places, h.shape[-1])
+        c, mask = self.level(level), None
+        if self.norm_u is not None and u is not None and u.tokens is not None:
+            assert self.tokens is not None and self.modulate is not None
+            tokens = self.norm_u(u.tokens)  # (B, L, E); padding stays zero
+            c = c + self.modulate(pool(tokens))
+            h = torch.cat((self.tokens(tokens), h), dim=1)
+            words = (u.tokens != 0).any(dim=-1)
+            mask = F.pad(words, (0, len(places)), value=True)[:, None, None]  # (B, 1, 1, L + N)
+            places = F.pad(places, (0, 0, tokens.shape[1], 0))
+        c, angles = F.silu(c), _angles(places, self.head_width)
+        turn = angles.cos(), angles.sin()
+        for block in self.blocks:
+            h = block(h, c, turn, mask)
+        scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)
+        h = h[:, -x.shape[-2] * x.shape[-1] // self.patch**2 :]
+        h = self.output(torch.addcmul(shift, self.norm(h), 1 + scale)).transpose(1, 2)
+        rows = x.shape[-2] // self.patch
+        return F.pixel_shuffle(h.unflatten(2, (rows, -1)), self.patch)
+
+
+def _places(h: Tensor) -> Tensor:
+    """The row and column of each place of a map, from its middle, with shape (N, 2)."""
+    y, x = (torch.arange(n, dtype=h.dtype, device=h.device) - (n - 1) / 2 for n in h.shape[2:])
+    return torch.cartesian_prod(y, x)
+
+
+def _waves(places: Tensor, width: int) -> Tensor:
+    """Sines and cosines of each place, with shape (N, width)."""
+    angles = _angles(places, width)
+    return F.pad(torch.cat((angles.cos(), angles.sin()), dim=-1), (0, width - 4 * (width // 4)))
+
+
+def _angles(places: Tensor, width: int) -> Tensor:
+    """The angles of each place, half by row and half by column, with shape (N, 2 (width // 4))."""
+    steps = torch.arange(width // 4, dtype=places.dtype, device=places.device) / (width // 4)
+    return (places[:, :, None] * BASE**-steps).flatten(1)
