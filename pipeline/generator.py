@@ -139,7 +139,9 @@ class Generator:
         index = {value: k for k, value in enumerate(dict.fromkeys(values))}
         table = self.embed(list(index))
         if self.conditioning is not None and self.guidance is not None:
-            denoiser = self.guidance(denoiser, self.conditioning.null().to(self.device))
+            no = self.guidance.negative
+            null = self.conditioning.null() if no is None else self.conditioning.embed([no])
+            denoiser = self.guidance(denoiser, null.to(self.device))
         elif self.guidance is not None and not self.guidance.needs_condition:
             denoiser = self.guidance(denoiser, None)
         training = self.denoiser.training

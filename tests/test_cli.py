@@ -89,6 +89,27 @@ def test_scale_0_ignores_the_prompt(run: Path, tmp_path: Path) -> None:
     assert pixels(tmp_path / "one", 0) != pixels(tmp_path / "one", 1)
 
 
+def test_a_negative_prompt_stands_for_the_null_condition(run: Path, tmp_path: Path) -> None:
+    """D(no) + w (D(u) − D(no)): with w = 0 the picture is that of the other prompt."""
+    other, no = "a large blue square", "--guidance.negative"
+    draw(run, tmp_path / "no", PROMPT, "--number", "1", "--scale", "0", no, other)
+    draw(run, tmp_path / "other", other, "--number", "1", "--scale", "1")
+    a, b = (torch.tensor(list(pixels(tmp_path / name, 0))) for name in ("no", "other"))
+    assert (a - b).abs().max() <= 1  # of 255: a batch of as many rows, in another place of it
+    manifest = draw(run, tmp_path / "plain", PROMPT, "--number", "1")
+    assert pixels(tmp_path / "plain", 0) != pixels(tmp_path / "no", 0)
+    assert manifest["guidance"]["negative"] is None
+
+
+def test_an_interval_of_guidance(run: Path, tmp_path: Path) -> None:
+    """One that no time of the grid is in is no guidance."""
+    args = ["--number", "1", "--guidance.interval", "[1e5, 1e6]"]
+    manifest = draw(run, tmp_path / "none", PROMPT, *args)
+    assert manifest["guidance"]["interval"] == [1e5, 1e6]
+    draw(run, tmp_path / "one", PROMPT, "--number", "1", "--scale", "1")
+    assert pixels(tmp_path / "none", 0) == pixels(tmp_path / "one", 0)
+
+
 def test_the_average_is_what_is_drawn_with(run: Path, tmp_path: Path) -> None:
     checkpoint = read(run)
     for name, weight in checkpoint["averages"]["0.9"].items():

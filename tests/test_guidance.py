@@ -200,6 +200,50 @@ def test_null_planes_are_the_weaker_half(w: float, tokens: bool) -> None:
     assert torch.allclose(guided, d_null + w * (d - d_null), rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["classifier-free", "autoguidance"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_an_interval_leaves_the_rest_as_it_is(
+    schedule: Schedule, kind: str, mixture: GaussianMixture
+) -> None:
+    """In D, in the score and in the density; a time outside costs one evaluation of one row."""
+    weak, strong = pair("mixtures", schedule, mixture)
+    interval = [0.3, 2.0]
+    guidances = [
+        Autoguidance(weak, 3.0, where) if kind == "autoguidance" else ClassifierFree(3.0, where)
+        for where in (interval, None)
+    ]
+    t = schedule.time(torch.tensor([0.1, 0.29, 0.31, 1.0, 1.99, 2.1]).double())
+    inside = torch.tensor([False, False, True, True, True, False])
+    x_t, u, null = inputs(schedule, t)
+    for ask in ("__call__", "score", "log_prob"):
+        some, always = (getattr(guide(strong, null), ask)(x_t, t, u) for guide in guidances)
+        plain = getattr(strong, ask)(x_t, t, u)
+        where = inside.reshape(-1, *[1] * (plain.ndim - 1))
+        assert torch.allclose(some, torch.where(where, always, plain), rtol=CLOSE, atol=CLOSE)
+        assert not torch.allclose(always, plain, rtol=1e-3)
+    counter = Counter(strong)
+    guided = guidances[0](counter, null)
+    for time in (t[0], t[3]):
+        guided(x_t, time, u)
+    assert counter.rows == [6, 6 if kind == "autoguidance" else 12]
+
+
+def test_an_interval_of_scale_0_is_unconditional_inside(mixture: GaussianMixture) -> None:
+    denoiser = ScoreDenoiser(mixture, VP())
+    x_t, u, null = inputs(VP(), TIMES[1])
+    t = VP().time(torch.tensor([0.1, 1.0, 9.0] * 2).double())
+    d = ClassifierFree(0.0, [0.5, 2])(denoiser, null)(x_t, t, u)
+    inside = torch.tensor([[False], [True], [False]] * 2)
+    expected = torch.where(inside, denoiser(x_t, t), denoiser(x_t, t, u))
+    assert torch.allclose(d, expected, rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("interval", [[0.5], [2.0, 0.5], [-1.0, 1.0], [1.0, 1.0], [1, 2, 3]])
+def test_an_interval_is_two_ratios(interval: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"interval = \[.*\] must be the least and the greatest"):
+        ClassifierFree(2.0, interval)
+
+
 # --- autoguidance -------------------------------------------------------------------------------
 
 
