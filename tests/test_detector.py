@@ -8,7 +8,7 @@ import torch
 
 from pipeline.codec import Pixels
 from pipeline.data.shapes import Attributes, Relations, Shapes
-from pipeline.evaluation.shapes import accuracy, chance, read
+from pipeline.evaluation.shapes import accuracy, chance, grain, read
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,19 @@ def test_what_is_no_picture_is_not_read(drawn: tuple[np.ndarray, list[Attributes
     relations = Relations(None)
     assert readable(relations.render(relations.combinations("val")[:200], generator)) == 0
     assert readable(Pixels(3, 32, 32).decode(torch.full((3, 3, 32, 32), np.nan)).numpy()) == 0
+
+
+def test_grain_is_the_noise_of_the_ground(drawn: tuple[np.ndarray, list[Attributes]]) -> None:
+    x = drawn[0][:240].astype(np.float64)
+    assert grain(drawn[0][:240]) == 0
+    noise = np.random.default_rng(0).normal(size=x.shape)
+    for sigma in (4.0, 8.0):
+        noisy = (x + sigma * noise).round().clip(0, 255).astype(np.uint8)
+        # half of it is cut off at white; rounding adds half of 1/12 to half of σ², 3e-3 of it at
+        # most, and 1e5 pixels leave 5e-3
+        assert grain(noisy) == pytest.approx(sigma / 2**0.5, rel=1e-2)
+    assert grain(x.clip(0, 240).astype(np.uint8)) == pytest.approx(15)  # a grey ground is far too
+    assert grain(np.zeros((3, 3, 32, 32), np.uint8)) is None
 
 
 def test_wrong_prompts_are_wrong(drawn: tuple[np.ndarray, list[Attributes]]) -> None:

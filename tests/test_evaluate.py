@@ -287,6 +287,30 @@ def test_likelihood_is_that_of_the_unguided_denoiser(
         assert second[name] == first[name]  # at either scale
 
 
+def test_a_ladder_shows_what_a_distance_looks_like(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = evaluate(run, tmp_path / "r.json", "--number", "6", "--ladder")
+    rungs = told["ladder"]
+    assert list(rungs) == [
+        "with noise of 1 grey level",
+        "with noise of 2 grey levels",
+        "with noise of 4 grey levels",
+        "with noise of 8 grey levels",
+        "blurred, 3 × 3",
+    ]
+    x = Shapes(None, 1).held_out(6)[1].float()
+    eight = (x + 8 * Noise("ladder").normal(x)).round().clamp(0, 255).byte()
+    data = Shapes(None, 1, cache_dir=str(tmp_path))
+    measure = Measure(data, Own(Means(), 48), 6)
+    # the noise of a level comes after that of the others: the same law, other numbers
+    assert rungs["with noise of 8 grey levels"] == pytest.approx(
+        measure.score(eight, measure.values)["frechet"], rel=0.2
+    )
+    assert f"{rungs['blurred, 3 × 3']:.4g} blurred, 3 × 3" in capsys.readouterr().out
+    assert "ladder" not in evaluate(run, tmp_path / "s.json", "--number", "6")
+
+
 def test_features_are_kept_in_order() -> None:
     pictures = torch.arange(150 * 3 * 64).view(150, 3, 8, 8).remainder(251).to(torch.uint8)
     features = Own(Means(), 48)

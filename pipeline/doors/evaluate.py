@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also bits per dimension of K true held-out pictures, without guidance",
     )
     parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="also the Fréchet distance of true pictures with noise of 1, 2, 4 and 8 grey levels, "
+        "and blurred: what a distance looks like",
+    )
+    parser.add_argument(
         "--out",
         metavar="FILE.json",
         help="write the result, and a sheet beside it; a FOLDER takes many, and the plot of a "
@@ -76,7 +82,9 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     checkpoints, store = args.checkpoint or [None], Store(args.out)
     several = len(checkpoints) * len(choices) > 1
     check(args, several, store)
-    protocol = Protocol(args.number, args.seed, args.seeds, args.micro_batch, args.likelihood)
+    protocol = Protocol(
+        args.number, args.seed, args.seeds, args.micro_batch, args.likelihood, args.ladder
+    )
     found: list[dict[str, Any]] = []
     with join(args.device) as device:
         clip = CLIP(args.clip).to(device) if args.clip else None

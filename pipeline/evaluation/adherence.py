@@ -21,7 +21,7 @@ from pipeline.conditioning import TextEncoder
 from pipeline.data import Attributes
 from pipeline.errors import UserError
 from pipeline.evaluation.features import Vision
-from pipeline.evaluation.shapes import accuracy
+from pipeline.evaluation.shapes import accuracy, grain
 
 __all__ = [
     "CLIP",
@@ -45,13 +45,15 @@ def shapes_adherence(
     Returns:
         Plain numbers: "accuracy" of each attribute, of their "mean" and of "all" together; the
         same for the prompts in another order, "shuffled", which shows that the prompt decided; and
-        "chance"; and the part that shows one object at all, "read".
+        "chance"; the part that shows one object at all, "read"; and how far their ground is from
+        flat in grey levels, "grain".
     """
     right = accuracy(pictures, wanted)
     wrong = accuracy(pictures, [wanted[k] for k in order.permutation(len(wanted))])
     names = ("colour", "shape", "size", "position", "mean", "all")
     return {
         "read": right["read"],
+        "grain": grain(pictures),
         "accuracy": {name: right[name] for name in names},
         "shuffled": {name: wrong[name] for name in names},
         "chance": {name: right[f"chance_{name}"] for name in names},

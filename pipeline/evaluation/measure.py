@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from pipeline.codec import Pixels
 from pipeline.data import DataModule
@@ -50,6 +51,7 @@ TIMES = 10  # training pictures in a reference for each that is drawn
 KEPT = 10_000  # pictures whose features are compared one by one
 SPLITS = 10  # of the Inception score, as published
 BATCH = 64  # pictures read together
+LEVELS = (1, 2, 4, 8)  # of noise, in the ladder
 
 
 class Measure:
@@ -116,6 +118,24 @@ class Measure:
         """The scores of `number` true held-out pictures, or of as many as there are."""
         n = len(self.truth)
         return {"number": n} | self.score(self.truth, self.values[:n])
+
+    @cached_property
+    def ladder(self) -> dict[str, float]:
+        """The Fréchet distances of the pictures of the floor, each made worse in one way: what a
+        distance looks like.
+        """
+        n, noise = len(self.truth), Noise("ladder")
+        x = self.truth.float()
+        worse = {
+            f"with noise of {levels} grey level{'s' if levels > 1 else ''}": x
+            + levels * noise.normal(x)
+            for levels in LEVELS
+        }
+        worse["blurred, 3 × 3"] = avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return {
+            name: self.score(y.round().clamp(0, 255).byte(), self.values[:n])["frechet"]
+            for name, y in worse.items()
+        }
 
     def score(self, pictures: Tensor, values: list[Any]) -> dict[str, Any]:
         """Distances of pictures from the reference: Fréchet, kernel with the ends of its 95 %

@@ -49,6 +49,9 @@ def block(result: dict[str, Any]) -> str:
             f"{name:>{width}} {value:.3f}{plus_minus(spread.get('accuracy', {}).get(name))}   "
             f"prompts shuffled {shuffled:.3f}   chance {chance:.3f}"
         )
+    if result.get("grain") is not None:
+        value = f"{result['grain']:.3g}{plus_minus(spread.get('grain'))}"
+        lines.append(f"{'grain':>{width}} {value}   grey levels on the ground; true pictures 0")
     for name in SCORES:
         if name in result:
             ends = ""
@@ -60,6 +63,9 @@ def block(result: dict[str, Any]) -> str:
             beside = "too few true pictures" if true is None else f"true pictures {true:.4g}"
             value = f"{result[name]:.4g}{plus_minus(spread.get(name))}{ends}"
             lines.append(f"{name:>{width}} {value}   {beside}")
+    if "ladder" in result:
+        lines.append("frechet of true pictures made worse")
+        lines += [f"{value:>{width}.4g} {name}" for name, value in result["ladder"].items()]
     if "bits_per_dim" in result:
         error = plus_minus(result["bits_per_dim_error"])
         lines.append(f"{'bits_per_dim':>{width}} {result['bits_per_dim']:.4g}{error}")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from pipeline.data.shapes import (
     BACKGROUND,
@@ -34,7 +35,7 @@ from pipeline.data.shapes import (
     coverage,
 )
 
-__all__ = ["accuracy", "chance", "read"]
+__all__ = ["accuracy", "chance", "grain", "read"]
 
 GROUND = 0.4  # the least part of the picture that is ground
 COLOUR = 70.0  # RGB distance of the object's mean colour from its palette colour
@@ -44,6 +45,7 @@ MARGIN = 0.03  # by which the best shape's overlap exceeds the next
 SIZE = 0.22  # relative distance from the nearest size
 POSITION = 3.7  # pixels from the nearest position
 EDGE = 10.0  # half-covered pixels per pixel of half-extent: drawn up to 7.5, blurred by 2 px 14
+GAP = 2  # pixels between the object and what counts as ground: edges are softened by one
 AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 2.56}  # of a half-extent of 1
 SINK = {"triangle": 1 / 3}  # how far the centroid lies below the middle, in half-extents
 
@@ -177,6 +179,29 @@ def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dic
     every = [one is not None and fits(one, want) for one, want in zip(found, wanted, strict=True)]
     part |= {"mean": float(np.mean(list(part.values()))), "all": float(np.mean(every))}
     return part | {"read": float(np.mean([one is not None for one in found]))} | chance(wanted)
+
+
+def grain(pictures: Tensor | np.ndarray) -> float | None:
+    r"""How far the ground is from flat, in grey levels: the root of the mean square difference
+    from the ground's colour, over channels and all pixels more than two from the object.
+
+    White is the end of the range: noise of standard deviation σ around it, cut off there, has a
+    grain of :math:`\sigma / \sqrt{2}`.
+
+    Arguments:
+        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
+
+    Returns:
+        The grain; `None` where no picture shows one object.
+    """
+    shown = np.array([one is not None for one in read(pictures)])
+    x = torch.as_tensor(pictures).cpu().numpy()[shown].astype(np.float32)
+    if not len(x):
+        return None
+    a, _ = cover(x, read_colour(x)[0])
+    near = max_pool2d(torch.from_numpy(a).float()[:, None], 2 * GAP + 1, 1, GAP)[:, 0] > 0
+    off = x - np.array(BACKGROUND, np.float32)[:, None, None]
+    return float(np.sqrt((off**2).mean(1)[~near.numpy()].mean()))
 
 
 def fits(one: Attributes, want: Attributes) -> bool:

@@ -40,6 +40,7 @@ class Protocol:
         seeds: How often N pictures are drawn, each time with the next N seeds.
         micro_batch: How many are drawn together.
         likelihood: How many true pictures' likelihood is taken, at least 2; `None` for none.
+        ladder: Whether true pictures made worse are measured too.
 
     Raises:
         UserError: A number is too small.
@@ -50,6 +51,7 @@ class Protocol:
     seeds: int = 1
     micro_batch: int = 16
     likelihood: int | None = None
+    ladder: bool = False
 
     def __post_init__(self) -> None:
         if self.number < FEWEST or self.seeds < 1:
@@ -106,13 +108,17 @@ class Sweep:
         """All that decides the results of a model, but how it is drawn from."""
         found = {"sha256": checkpoint.sha256, "pictures": self.protocol.number}
         found |= {
-            k: v for k, v in asdict(self.protocol).items() if k not in ("number", "likelihood")
+            k: v
+            for k, v in asdict(self.protocol).items()
+            if k not in ("number", "likelihood", "ladder")
         }
         found |= {
             "features": self.features.fingerprint(),
             "clip": self.clip and self.clip.fingerprint(),
             "version": VERSION,
         }
+        if self.protocol.ladder:
+            found["ladder"] = True
         if self.protocol.likelihood is not None:
             found["likelihood"] = {
                 "pictures": self.protocol.likelihood,
@@ -177,6 +183,8 @@ class Model:
             "floor": floor,
             "reference": measure.reference.about,
         }
+        if protocol.ladder:
+            result["ladder"] = measure.ladder
         return result, pictures, prompts
 
     @cached_property
@@ -199,9 +207,11 @@ class Model:
 
 
 def over(trees: list[Any], what: Callable[[list[float]], float]) -> Any:
-    """A statistic of each number of equal dictionaries, at any depth."""
+    """A statistic of each number of equal dictionaries, at any depth; `None` where one is."""
     if isinstance(trees[0], dict):
         return {key: over([tree[key] for tree in trees], what) for key in trees[0]}
+    if None in trees:  # what could not be told once is not told
+        return None
     return what(trees)
 
 
