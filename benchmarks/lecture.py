@@ -1,16 +1,18 @@
 """The lecture's ladder: from one noisy score to diffusion, at one cost.
 
 Two laws, a mixture of five classes in the plane and small real images of ten (handwritten digits,
-8×8, of scikit-learn), each learned by one network per objective with one budget of steps; then
-every way to draw from what was learned, with the same number of evaluations of the network. What
-has a step size is tuned on a seed of its own. The distance to the truth is the energy distance
-between drawn and held-out points of one class, averaged over classes,
+8×8, of scikit-learn), each learned by one kind of network per objective with one budget of steps,
+from several seeds; then every way to draw from what was learned, with the same number of
+evaluations of the network. What has a step size is tuned on the network of the first seed, with
+noise of its own. The distance to the truth is the energy distance between drawn and held-out
+points of one class, averaged over classes,
 
     2 E|X − Y| − E|X − X'| − E|Y − Y'|,
 
-unbiased, 0 for one law; its error bar is the standard error over repetitions.
+unbiased, 0 for one law. Each seed's network draws once: the error bar is the standard error over
+seeds, of training and drawing both.
 
-    python benchmarks/lecture.py [--steps 3000] [--evaluations 200] [--repeat 4] [--out docs]
+    python benchmarks/lecture.py [--steps 1500] [--evaluations 200] [--seeds 3] [--out docs]
 
 It prints the tables and writes them into OUT/lecture.md, between its marks, with the figures
 beside it.
@@ -18,8 +20,10 @@ beside it.
 
 import argparse
 import copy
+import functools
 import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -83,6 +87,7 @@ class Data:
         return Condition(torch.eye(len(self.truth))[k][:, None])  # (B, 1, K)
 
 
+@functools.cache
 def mixture() -> Data:
     angles = torch.arange(5) * (2 * math.pi / 5)
     means = 0.8 * torch.stack((angles.cos(), angles.sin()), dim=1)
@@ -92,6 +97,7 @@ def mixture() -> Data:
     return Data("mixture", x, k, truth, std=0.6, moderate=0.2, small=0.01, width=128)
 
 
+@functools.cache
 def digits() -> Data:
     try:
         from sklearn.datasets import load_digits
@@ -132,18 +138,18 @@ def networks(data: Data) -> dict[str, tuple[Callable[[], Preconditioned], Object
     }
 
 
-def train(
-    name: str, make: Callable[[], Preconditioned], objective: Objective, data: Data, steps: int
-) -> Denoiser:
-    """The averaged denoiser after a number of steps on batches of 256."""
-    torch.manual_seed(0)
+def train(law: Callable[[], Data], name: str, seed: int, steps: int) -> Denoiser:
+    """The averaged denoiser of a law after a number of steps on batches of 128."""
+    data = law()
+    make, objective = networks(data)[name]
+    torch.manual_seed(seed)
     denoiser = make()
     average = copy.deepcopy(denoiser)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    for step in tqdm(range(steps), f"{data.name}: {name}", mininterval=5, leave=False):
-        noise = Noise("train", step)
-        rows = (noise.uniform(256) * len(data.x)).long()
+    for step in range(steps):
+        noise = Noise("train", seed, step)
+        rows = (noise.uniform(128) * len(data.x)).long()
         loss = objective(denoiser, data.x[rows], data.u(data.k[rows]), noise).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -245,7 +251,7 @@ def distance(x: Tensor, k: Tensor, truth: list[Tensor]) -> float:
 
 
 def draw(
-    sampler: Sampler, denoiser: Denoiser, data: Data, each: int, seed: str, repeat: int
+    sampler: Sampler, denoiser: Denoiser, data: Data, each: int, key: str, number: int
 ) -> tuple[Tensor, Tensor, float | None]:
     """`each` points of every class, their classes, and the mean acceptance."""
     k = torch.arange(len(data.truth)).repeat_interleave(each)
@@ -257,45 +263,49 @@ def draw(
             accepted.append(acceptance.mean())
 
     like = torch.empty(len(k), data.x.shape[1])
-    x = sampler(denoiser, like, data.u(k), Noise(seed, repeat), note)
+    x = sampler(denoiser, like, data.u(k), Noise(key, number), note)
     return x, k, torch.stack(accepted).mean().item() if accepted else None
 
 
-def climb(
-    data: Data, models: dict[str, Denoiser], rungs: list[Rung], repeat: int
-) -> tuple[list[str], dict[str, Tensor], dict[str, float]]:
-    """The lines of the table, what each rung drew, and the step sizes that were chosen."""
+@dataclass
+class Climbed:
+    """What came of a rung: its line of the table, its draws, the step size that was chosen."""
+
+    line: str
+    x: Tensor
+    size: float
+
+
+def climb(law: Callable[[], Data], rung: int, n: int, learned: list[Denoiser]) -> Climbed:
+    """Draw by one rung with the network of each seed."""
+    data = law()
+    way, size = ladder(data, n)[rung], 0.0
     each = min(len(t) for t in data.truth)
+    if way.sizes:
+        tried = {}
+        for mu in way.sizes:
+            x, k, _ = draw(way.make(mu), learned[0], data, max(each // 3, 20), "tune", 0)
+            tried[mu] = distance(x, k, data.truth) if x.isfinite().all() else math.inf
+        size = min(tried, key=lambda mu: tried[mu])
+    sampler = way.make(size)
+    found = [draw(sampler, one, data, each, "draw", i) for i, one in enumerate(learned)]
+    distances = torch.tensor([distance(x, k, data.truth) for x, k, _ in found])
+    rate, step = found[0][2], str(size) if way.sizes else ""
+    line = (
+        f"| {way.name} | {sampler.evaluations} | {step} | {show(distances)} "
+        f"| {'' if rate is None else f'{rate:.2f}'} |"
+    )
+    return Climbed(line, found[0][0], size)
+
+
+def floor(data: Data, seeds: int) -> str:
+    """The line of the table for true points."""
     halves = [
         [t[Noise("half", i).normal(t[:, 0]).argsort()].chunk(2) for t in data.truth]
-        for i in range(repeat)
+        for i in range(seeds)
     ]
-    floor = torch.tensor([[energy_distance(a, b) for a, b in half] for half in halves]).mean(dim=1)
-    lines = [
-        "| way | evaluations | step size | distance × 1000 | acceptance |",
-        "|---|---|---|---|---|",
-        f"| true points, one half against the other | | | {show(floor)} | |",
-    ]
-    drawn, sizes = {}, {}
-    for rung in tqdm(rungs, f"{data.name}: ladder", leave=False):
-        denoiser, size = models[rung.network], 0.0
-        if rung.sizes:
-            tried = {}
-            for mu in rung.sizes:
-                x, k, _ = draw(rung.make(mu), denoiser, data, max(each // 3, 20), "tune", 0)
-                tried[mu] = distance(x, k, data.truth) if x.isfinite().all() else math.inf
-            size = min(tried, key=lambda mu: tried[mu])
-        sampler = rung.make(size)
-        found = [draw(sampler, denoiser, data, each, "draw", i) for i in range(repeat)]
-        distances = torch.tensor([distance(x, k, data.truth) for x, k, _ in found])
-        rate, step = found[0][2], str(size) if rung.sizes else ""
-        lines.append(
-            f"| {rung.name} | {sampler.evaluations} | {step} | {show(distances)} "
-            f"| {'' if rate is None else f'{rate:.2f}'} |"
-        )
-        drawn[rung.name], sizes[rung.name] = found[0][0], size
-        tqdm.write(lines[-1])
-    return lines, drawn, sizes
+    found = torch.tensor([[energy_distance(a, b) for a, b in half] for half in halves])
+    return f"| true points, one half against the other | | | {show(found.mean(dim=1))} | |"
 
 
 def show(values: Tensor) -> str:
@@ -323,15 +333,13 @@ def known() -> list[str]:
     return lines
 
 
-def starts(
-    data: Data, models: dict[str, Denoiser], rungs: list[Rung], sizes: dict[str, float]
-) -> Figure:
+def starts(data: Data, models: dict[str, Denoiser], rungs: list[tuple[Rung, float]]) -> Figure:
     """The lecture's figure: a row is a starting point, a column an iteration."""
     columns, k = 9, torch.tensor([0, 3, 5, 8])
     size = (columns, 5.0 * len(rungs))
     figure, axes = plt.subplots(len(rungs) * len(k), columns, figsize=size)
-    for r, rung in enumerate(rungs):
-        sampler, denoiser = rung.make(sizes[rung.name]), models[rung.network]
+    for r, (rung, step) in enumerate(rungs):
+        sampler, denoiser = rung.make(step), models[rung.network]
         seen = watch(sampler, denoiser, data, k)
         if isinstance(sampler, Langevin):
             shown = [0, 1, 2, 5, 10, 20, 50, 100, len(seen) - 1]
@@ -385,37 +393,61 @@ def write(file: Path, name: str, lines: list[str]) -> None:
     file.write_text("\n".join([before + mark, *lines, "", end + after]), "utf-8")
 
 
-def whole(
-    law: Callable[[], Data], steps: int, evaluations: int, repeat: int, out: Path
-) -> tuple[str, list[str]]:
-    """Learn a law, climb, and draw its figure. Returns its name and its table."""
-    torch.set_num_threads(1)
-    data = law()
-    rungs = ladder(data, evaluations)
-    models = {n: train(n, *parts, data, steps) for n, parts in networks(data).items()}
-    lines, drawn, sizes = climb(data, models, rungs, repeat)
-    if data.name == "mixture":
-        figure = clouds(data, drawn)
-    else:
-        figure = starts(data, models, [r for r in rungs if r.name.startswith(SHOWN)], sizes)
-    figure.savefig(out / f"lecture_{data.name}.png", dpi=100, bbox_inches="tight")
-    return data.name, lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3000, help="of training, for each network")
+    parser.add_argument("--steps", type=int, default=1500, help="of training, for each network")
     parser.add_argument("--evaluations", type=int, default=200, help="of the network, for a draw")
-    parser.add_argument("--repeat", type=int, default=4, help="repetitions of each draw")
+    parser.add_argument("--seeds", type=int, default=3, help="networks learned, each to draw once")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where lecture.md is")
     args = parser.parse_args()
     start, page = time.perf_counter(), args.out / "lecture.md"
     write(page, "known", known())
-    laws, fixed = (mixture, digits), (args.steps, args.evaluations, args.repeat, args.out)
-    # a core for each law: these networks are too small to share one among threads
-    with ProcessPoolExecutor(len(laws), multiprocessing.get_context("spawn")) as pool:
-        for name, lines in pool.map(whole, laws, *([value] * len(laws) for value in fixed)):
-            write(page, name, lines)
+    laws, names, seeds = (mixture, digits), list(networks(mixture())), range(args.seeds)
+    # a core for each network: they are too small to share one among threads
+    with ProcessPoolExecutor(
+        os.cpu_count(),
+        multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        waiting = {
+            (law, name, seed): pool.submit(train, law, name, seed, args.steps)
+            for law in laws[::-1]  # the longer first
+            for name in names
+            for seed in seeds
+        }
+        with tqdm(total=len(waiting), desc="Networks", mininterval=5) as bar:
+            for one in waiting.values():
+                one.add_done_callback(lambda _: bar.update())
+            models = {key: one.result() for key, one in waiting.items()}
+        climbing = {
+            law: [
+                pool.submit(
+                    climb, law, i, args.evaluations, [models[law, rung.network, k] for k in seeds]
+                )
+                for i, rung in enumerate(ladder(law(), args.evaluations))
+            ]
+            for law in laws
+        }
+        with tqdm(total=sum(map(len, climbing.values())), desc="Rungs", mininterval=5) as bar:
+            for one in (one for some in climbing.values() for one in some):
+                one.add_done_callback(lambda _: bar.update())
+            climbed = {law: [one.result() for one in some] for law, some in climbing.items()}
+    for law, found in climbed.items():
+        data, rungs = law(), ladder(law(), args.evaluations)
+        lines = ["| way | evaluations | step size | distance × 1000 | acceptance |"]
+        lines += ["|---|---|---|---|---|", floor(data, args.seeds)]
+        write(page, data.name, lines + [one.line for one in found])
+        if law is mixture:
+            figure = clouds(data, {r.name: one.x for r, one in zip(rungs, found, strict=True)})
+        else:
+            shown = [
+                (rung, one.size)
+                for rung, one in zip(rungs, found, strict=True)
+                if rung.name.startswith(SHOWN)
+            ]
+            figure = starts(data, {name: models[law, name, 0] for name in names}, shown)
+        figure.savefig(args.out / f"lecture_{data.name}.png", dpi=100, bbox_inches="tight")
     print(f"{time.perf_counter() - start:.0f} s; written to {page}")
 
 
