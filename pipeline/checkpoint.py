@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.averaging import reconstruct
 from pipeline.building import brief, build, describe
 from pipeline.codec import Codec, Columns, Pixels
 from pipeline.conditioning import Conditioning
@@ -168,7 +169,8 @@ class Checkpoint:
 
         Arguments:
             average: The name of an average of the weights, or "trained"; the first average, where
-                there is one, by default.
+                there is one, by default. A length that is none of the names is made of what the
+                run kept; see `pipeline.averaging`.
         """
         denoiser = self.part("denoiser", Denoiser)
         weights = self.weights(average)
@@ -185,11 +187,16 @@ class Checkpoint:
     def weights(self, average: str | None = None) -> dict[str, Tensor]:
         trained, kept = self.content["state_dict"], averages(self.content)
         name = average or next(iter(kept), "trained")
-        if name != "trained" and name not in kept:
+        if name == "trained" or name in kept:
+            return trained | kept.get(name, {})
+        try:
+            length = float(name)
+        except ValueError:
             raise UserError(
                 f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}."
-            )
-        return trained | kept.get(name, {})
+            ) from None
+        step = self.content.get("global_step", 0)
+        return trained | reconstruct(self.path.parent, step, length)
 
     def data(self, kind: type[T]) -> T:
         """The data module it was trained on."""

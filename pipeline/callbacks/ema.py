@@ -1,14 +1,17 @@
 """The moving average of the weights."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from pipeline.averaging import exponent, keep
 from pipeline.checkpoint import averages
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "PowerEMA"]
 
 
 class EMA(pl.Callback):
@@ -32,18 +35,31 @@ class EMA(pl.Callback):
             raise ValueError(
                 f"decay = {decay} must lie in [0, 1); 0.999 averages over about 1,000 steps."
             )
+        self.decay = decay
+        self._begin([f"{decay:g}"], every)
+
+    def _begin(self, names: Sequence[str], every: int) -> None:
         if every < 1:
             raise ValueError(f"every = {every} must be at least 1.")
-        self.decay, self.every, self.name = decay, every, f"{decay:g}"
-        self.average: dict[str, Tensor] = {}
-        self.step = 0
-        self.swapped = False
+        self.every, self.step, self.swapped = every, 0, False
+        self.averages: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+
+    def kept_share(self, name: str, k: int) -> float:
+        """The share of an average that is kept at step k, over m steps."""
+        return min(self.decay, (1 + k) / (10 + k)) ** self.every
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The first average, which validates and draws."""
+        return next(iter(self.averages.values()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        fresh = {name: p.detach().clone() for name, p in _trained(pl_module)}
-        for name, average in self.average.items():  # loaded from a checkpoint, on the CPU
-            fresh[name].copy_(average)
-        self.average, self.step = fresh, trainer.global_step
+        for name, loaded in self.averages.items():
+            fresh = {key: p.detach().clone() for key, p in _trained(pl_module)}
+            for key, average in loaded.items():  # from a checkpoint, on the CPU
+                fresh[key].copy_(average)
+            self.averages[name] = fresh
+        self.step = trainer.global_step
         self.weights = [p for _, p in _trained(pl_module)]
 
     @torch.no_grad()
@@ -54,9 +70,10 @@ class EMA(pl.Callback):
         self.step = k
         if not stepped or k % self.every:
             return
-        decay = min(self.decay, (1 + k) / (10 + k)) ** self.every
         weights = [p.data for p in self.weights]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)  # type: ignore
+        for name, average in self.averages.items():
+            share = 1 - self.kept_share(name, k)
+            torch._foreach_lerp_(list(average.values()), weights, share)  # type: ignore
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.average:
@@ -86,18 +103,68 @@ class EMA(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        weights, average = checkpoint["state_dict"], self.average
+        weights, kept = checkpoint["state_dict"], dict(self.averages)
         if self.swapped:
-            average = {name: weights[name] for name in self.average}
+            first = next(iter(kept))
+            kept[first] = {name: weights[name] for name in self.average}
             weights.update(self.average)
-        checkpoint.setdefault("averages", {})[self.name] = average
+        checkpoint.setdefault("averages", {}).update(kept)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         kept = averages(checkpoint)
-        # a run may go on with another decay: it starts from the one average there is
-        self.average = kept.get(self.name) or next(iter(kept.values()), {})
+        # a run may go on with another decay: it starts from the first average there is
+        first = next(iter(kept.values()), {})
+        self.averages = {name: kept.get(name) or first for name in self.averages}
+
+
+class PowerEMA(EMA):
+    r"""Keeps averages of several lengths in proportion to the run, from which that of any other
+    length is made afterwards; see `pipeline.averaging`.
+
+    .. math:: \hat\theta \leftarrow d_k \, \hat\theta + (1 - d_k) \, \theta, \quad
+        d_k = \left(1 - \frac{m}{k}\right)^{\gamma + 1}
+
+    after every m-th step k. All of them are kept in the run's folder, `averages/`, at a few evenly
+    spread steps and at the last; `generate --ema 0.08` draws with the average of length 0.08 at
+    the checkpoint's step. The first validates and draws.
+
+    References:
+        | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024),
+        |   section 3
+        | https://arxiv.org/abs/2312.02696
+
+    Arguments:
+        lengths: The relative lengths σ_rel, at least two different ones, each in (0, 0.288).
+        every: The number m of steps between two updates.
+        times: How often they are kept in a run; each takes the room of all of them.
+    """
+
+    def __init__(
+        self, lengths: Sequence[float] = (0.1, 0.05), every: int = 1, times: int = 16
+    ) -> None:
+        if len(set(lengths)) < 2 or times < 1:
+            raise ValueError(
+                f"lengths = {list(lengths)} must be at least two, and times = {times} at least 1."
+            )
+        self.times = times
+        self.exponents = {f"{length:g}": exponent(length) for length in lengths}
+        self._begin(list(self.exponents), every)
+
+    def kept_share(self, name: str, k: int) -> float:
+        return (1 - self.every / k) ** (self.exponents[name] + 1)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        before = self.step
+        super().on_train_batch_end(trainer, pl_module)
+        steps = int(trainer.estimated_stepping_batches)
+        spacing = max(steps // self.times // self.every, 1) * self.every
+        due = self.step > before and (self.step % spacing == 0 or self.step == steps)
+        if due and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            keep(Path(trainer.default_root_dir), self.step, self.averages)
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -91,12 +91,13 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         sweep = Sweep(protocol, read_features(args.features, device), clip, store, line)
         try:
             for path in checkpoints:
-                checkpoint, generator = open_model(path, device, args.trust)
+                checkpoint, generator = open_model(path, device, args.trust, args.ema)
                 generator.together = True
                 model = Model(checkpoint, generator, sweep)
                 for sampler, n, scale in choices:
                     how = (sampler, args.guidance, n, scale, options)
-                    found.append(model.point(choose(generator, checkpoint, *how)))
+                    chosen = choose(generator, checkpoint, *how)
+                    found.append(model.point(chosen | ({"ema": args.ema} if args.ema else {})))
                     if not several and place()[0] == 0:
                         print(block(found[-1]))
         finally:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         )
     prompts = read_prompts(args.prompts, args.file)
     with join(args.device) as device:
-        checkpoint, generator = open_model(args.checkpoint, device, args.trust)
+        checkpoint, generator = open_model(args.checkpoint, device, args.trust, args.ema)
         how = (args.sampler, args.guidance, args.steps, args.scale, options)
         chosen = choose(generator, checkpoint, *how)
     if prompts and generator.conditioning is None:
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     generator.embed(prompts)  # what is wrong with a prompt is found before a folder is made
     settings = {
         "checkpoint": str(checkpoint.path),
+        "ema": args.ema,
         **chosen,
         "micro_batch": args.micro_batch,
         "device": str(generator.device),

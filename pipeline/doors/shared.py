@@ -27,6 +27,12 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
         **many,
     )
     parser.add_argument(
+        "--ema",
+        metavar="NAME",
+        help="which weights: an average of the checkpoint by name, a length such as 0.08 where "
+        "the run kept power-function averages, or trained (default: its first average)",
+    )
+    parser.add_argument(
         "--sampler",
         metavar="YAML",
         help=f"a sampler, e.g. conf/sampler/ddim.yaml (default: the run's){also}; any of its "
@@ -118,7 +124,7 @@ def say_configuration(args: argparse.Namespace, plan: Any, text: str) -> bool:
 
 
 def open_model(
-    path: str | None, device: str, trust: Sequence[str]
+    path: str | None, device: str, trust: Sequence[str], average: str | None = None
 ) -> tuple["Checkpoint", "Generator"]:
     """A checkpoint, by default the newest, and what draws from it on a device."""
     from pipeline.checkpoint import Checkpoint, locate
@@ -128,7 +134,7 @@ def open_model(
 
     checkpoint = Checkpoint(locate(path), trust)
     sampler, codec = checkpoint.part("sampler", Sampler), checkpoint.part("codec", Codec)
-    denoiser = checkpoint.denoiser()
+    denoiser = checkpoint.denoiser(average)
     try:
         denoiser = denoiser.to(device)
     except (RuntimeError, AssertionError) as error:

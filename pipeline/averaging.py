@@ -1,0 +1,128 @@
+r"""Power-function averages of weights, and the ones of other lengths that follow from them.
+
+At step t the average of exponent γ is
+
+.. math:: \hat\theta_\gamma(t) = \int_0^t p_{\gamma, t}(\tau) \, \theta(\tau) \, d\tau, \quad
+    p_{\gamma, t}(\tau) = \frac{(\gamma + 1) \, \tau^\gamma}{t^{\gamma + 1}}
+
+Its length is the standard deviation of p as a share of the run,
+
+.. math:: \sigma_\text{rel} = \sqrt{\frac{\gamma + 1}{(\gamma + 2)^2 (\gamma + 3)}}
+
+so it forgets the beginning of a run of any length. Averages of two lengths, kept at a few steps,
+span enough functions p that another one is a linear combination of them nearly: its weights are
+those of the least squares between the functions.
+
+References:
+    | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024),
+    |   section 3 and appendix C
+    | https://arxiv.org/abs/2312.02696
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import whole
+
+__all__ = ["FOLDER", "combination", "exponent", "keep", "reconstruct"]
+
+FOLDER = "averages"  # of a run, where the kept ones are
+LONGEST = 12**-0.5  # of the average in which all steps count the same
+
+
+def exponent(length: float) -> float:
+    """The exponent γ of an average of relative length σ_rel.
+
+    Raises:
+        ValueError: The length is not in (0, 0.288): longer than with equal weights there is none.
+    """
+    if not 0 < length < LONGEST:
+        raise ValueError(
+            f"length = {length} must lie in (0, {LONGEST:.3f}), as a share of the run; "
+            "0.05 and 0.1 are usual."
+        )
+    # (γ + 1) / ((γ + 2)² (γ + 3)) = σ²: with v = σ⁻², γ³ + 7 γ² + (16 − v) γ + 12 − v = 0
+    v = length**-2
+    return float(np.roots([1, 7, 16 - v, 12 - v]).real.max())
+
+
+def overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    r"""The integral of :math:`p_{\gamma_a, t_a} \, p_{\gamma_b, t_b}`, of pairs (t, γ)."""
+    (t_a, g_a), (t_b, g_b) = a, b
+    least = min(t_a, t_b)
+    # powers of ratios, since t to the power of γ leaves float64
+    shrink = (least / t_a) ** g_a * (least / t_b) ** g_b
+    return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * shrink * least / (t_a * t_b)
+
+
+def combination(kept: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> list[float]:
+    """The weights of kept averages, pairs (t, length), that are nearest to a wanted one."""
+    have = [(t, exponent(length)) for t, length in kept]
+    want = (wanted[0], exponent(wanted[1]))
+    matrix = np.array([[overlap(a, b) for b in have] for a in have])
+    return np.linalg.lstsq(matrix, np.array([overlap(a, want) for a in have]))[0].tolist()
+
+
+def keep(folder: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> None:
+    """Keep averages by length for later, in a folder of their own.
+
+    Arguments:
+        folder: The run's folder.
+        step: The step they are of.
+        averages: The weights by name, of each length.
+    """
+    from safetensors.torch import save_file
+
+    named = {
+        f"{length}/{name}": w.detach().cpu().contiguous()
+        for length, weights in averages.items()
+        for name, w in weights.items()
+    }
+    with whole(folder / FOLDER / f"{step:08d}.safetensors") as part:
+        save_file(named, part)
+
+
+def reconstruct(folder: Path, step: int, length: float) -> dict[str, Tensor]:
+    """The average of any length at a step, from what a run kept up to it.
+
+    Arguments:
+        folder: The run's folder.
+        step: The step t.
+        length: The relative length σ_rel.
+
+    Raises:
+        UserError: The run kept nothing, or the length is none.
+    """
+    from safetensors import safe_open
+
+    files = [f for f in sorted((folder / FOLDER).glob("*.safetensors")) if int(f.stem) <= step]
+    if not files:
+        raise UserError(
+            f"{folder} kept no averages to make one of length {length:g} from: train with the "
+            "callback pipeline.callbacks.PowerEMA."
+        )
+    kept: list[tuple[float, float]] = []
+    names: list[tuple[Path, str]] = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for own in sorted({key.partition("/")[0] for key in opened.keys()}):  # noqa: SIM118
+                kept.append((float(file.stem), float(own)))
+                names.append((file, own))
+    try:
+        weights = combination(kept, (step, length))
+    except ValueError as error:
+        raise UserError(f"--ema {length:g}: {error}") from None
+    found: dict[str, Tensor] = {}
+    for weight, (file, own) in zip(weights, names, strict=True):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                prefix, _, name = key.partition("/")
+                if prefix == own:
+                    part = weight * opened.get_tensor(key).double()
+                    found[name] = found[name] + part if name in found else part
+    return {name: w.to(torch.float32) for name, w in found.items()}
