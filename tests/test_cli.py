@@ -320,7 +320,7 @@ def test_a_weaker_model_guides(
     weak = fit(tmp_path / "weak", steps=1)
     by = [*conf, "--guidance.denoiser", str(weak), "--number", "1", PROMPT]
     manifest = draw(run, tmp_path / "a", *by, "--scale", "3")
-    told = {"class": "Autoguidance", "denoiser": str(weak), "scale": 3.0}
+    told = {"class": "Autoguidance", "denoiser": str(weak), "scale": 3.0, "interval": None}
     assert manifest["guidance"] == told
     draw(run, tmp_path / "b", PROMPT, "--number", "1", "--scale", "1")
     draw(weak, tmp_path / "c", PROMPT, "--number", "1", "--scale", "1")
