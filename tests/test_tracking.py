@@ -72,7 +72,7 @@ def test_csv_holds_losses_and_throughput(run: Path) -> None:
 
 def test_config_can_be_run_again(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["model"]["denoiser"]["class_path"] == "pipeline.denoisers.EDM"
+    assert config["model"]["denoiser"]["class_path"] == "pipeline.denoisers.Clean"
     assert config["data"]["init_args"]["batch_size"] == 8
 
 
@@ -86,7 +86,7 @@ def test_wandb_offline_holds_config_command_losses_and_sheets(run: Path) -> None
             history[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
     assert config["command"].startswith("python -m pipeline fit -c ")
     flat = json.dumps(config)
-    assert "pipeline.denoisers.EDM" in flat and "pipeline.data.Shapes" in flat
+    assert "pipeline.denoisers.Clean" in flat and "pipeline.data.Shapes" in flat
     assert {"train/loss", "val/loss", "train/examples_per_s"} <= set(history)
     assert any("samples" in name for name in history)
     assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
