@@ -19,7 +19,7 @@ References:
     | https://arxiv.org/abs/2312.02696
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,10 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.files import whole
 
-__all__ = ["FOLDER", "combination", "exponent", "keep", "reconstruct"]
+__all__ = ["FOLDER", "LONGEST", "combination", "exponent", "keep", "reconstruct"]
 
 FOLDER = "averages"  # of a run, where the kept ones are
+MISSED = 0.1  # of an average's profile at most
 LONGEST = 12**-0.5  # of the average in which all steps count the same
 
 
@@ -60,12 +61,19 @@ def overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * shrink * least / (t_a * t_b)
 
 
-def combination(kept: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> list[float]:
-    """The weights of kept averages, pairs (t, length), that are nearest to a wanted one."""
+def combination(
+    kept: Sequence[tuple[float, float]], wanted: tuple[float, float]
+) -> tuple[list[float], float]:
+    r"""The weights of kept averages, pairs (t, length), that are nearest to a wanted one, and how
+    much of it they miss, :math:`\|p - \sum_i w_i p_i\| / \|p\|`.
+    """
     have = [(t, exponent(length)) for t, length in kept]
     want = (wanted[0], exponent(wanted[1]))
     matrix = np.array([[overlap(a, b) for b in have] for a in have])
-    return np.linalg.lstsq(matrix, np.array([overlap(a, want) for a in have]))[0].tolist()
+    target, square = np.array([overlap(a, want) for a in have]), overlap(want, want)
+    weights = np.linalg.lstsq(matrix, target)[0]
+    missed = square - 2 * weights @ target + weights @ matrix @ weights
+    return weights.tolist(), float(max(missed, 0.0) / square) ** 0.5
 
 
 def keep(folder: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> None:
@@ -87,42 +95,53 @@ def keep(folder: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> Non
         save_file(named, part)
 
 
-def reconstruct(folder: Path, step: int, length: float) -> dict[str, Tensor]:
-    """The average of any length at a step, from what a run kept up to it.
+def reconstruct(
+    folder: Path, step: int, length: float, own: Mapping[float, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The average of another length at a step, from what a run kept before it.
 
     Arguments:
         folder: The run's folder.
         step: The step t.
         length: The relative length σ_rel.
+        own: The averages at step t itself, by their length: without them what came after the
+            last kept step would be missing.
 
     Raises:
-        UserError: The run kept nothing, or the length is none.
+        UserError: The run kept too little for a length like this, or a file of it is damaged.
     """
-    from safetensors import safe_open
-
-    files = [f for f in sorted((folder / FOLDER).glob("*.safetensors")) if int(f.stem) <= step]
-    if not files:
+    kept = [(float(step), one) for one in own]
+    parts: list[tuple[Path | None, float]] = [(None, one) for one in own]
+    for file in sorted((folder / FOLDER).glob("*.safetensors")):
+        if file.stem.isdigit() and int(file.stem) < step:
+            kept += [(float(file.stem), one) for one in own]
+            parts += [(file, one) for one in own]
+    weights, missed = combination(kept, (step, length))
+    if missed > MISSED:
         raise UserError(
-            f"{folder} kept no averages to make one of length {length:g} from: train with the "
-            "callback pipeline.callbacks.PowerEMA."
+            f"--ema {length:g} cannot be made of what {folder} kept: lengths "
+            f"{' and '.join(f'{one:g}' for one in own)} at {len(kept) // len(own)} steps. Ask for "
+            "a length nearer to these."
         )
-    kept: list[tuple[float, float]] = []
-    names: list[tuple[Path, str]] = []
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for own in sorted({key.partition("/")[0] for key in opened.keys()}):  # noqa: SIM118
-                kept.append((float(file.stem), float(own)))
-                names.append((file, own))
-    try:
-        weights = combination(kept, (step, length))
-    except ValueError as error:
-        raise UserError(f"--ema {length:g}: {error}") from None
     found: dict[str, Tensor] = {}
-    for weight, (file, own) in zip(weights, names, strict=True):
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                prefix, _, name = key.partition("/")
-                if prefix == own:
-                    part = weight * opened.get_tensor(key).double()
-                    found[name] = found[name] + part if name in found else part
+    for weight, (file, one) in zip(weights, parts, strict=True):
+        for name, w in (own[one] if file is None else _read(file, one)).items():
+            part = weight * w.double()
+            found[name] = found[name] + part if name in found else part
     return {name: w.to(torch.float32) for name, w in found.items()}
+
+
+def _read(file: Path, length: float) -> dict[str, Tensor]:
+    """The average of one length in a file."""
+    from safetensors import SafetensorError, safe_open
+
+    prefix = f"{length:g}/"
+    try:
+        with safe_open(file, "pt") as opened:
+            names = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118
+            found = {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it to do without.") from error
+    if not found:
+        raise UserError(f"{file} holds no average of length {length:g}; remove it.")
+    return found

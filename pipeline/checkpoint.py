@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.averaging import reconstruct
+from pipeline.averaging import LONGEST, reconstruct
 from pipeline.building import brief, build, describe
 from pipeline.codec import Codec, Columns, Pixels
 from pipeline.conditioning import Conditioning
@@ -189,14 +189,15 @@ class Checkpoint:
         name = average or next(iter(kept), "trained")
         if name == "trained" or name in kept:
             return trained | kept.get(name, {})
-        try:
-            length = float(name)
-        except ValueError:
+        length, own = as_length(name), {as_length(one): w for one, w in kept.items()}
+        if length is None or None in own or len(own) < 2:
+            also = "; any length needs pipeline.callbacks.PowerEMA in training" if length else ""
             raise UserError(
-                f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}."
-            ) from None
-        step = self.content.get("global_step", 0)
-        return trained | reconstruct(self.path.parent, step, length)
+                f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}"
+                f"{also}."
+            )
+        step, powers = self.content.get("global_step", 0), {k: w for k, w in own.items() if k}
+        return trained | reconstruct(self.path.parent, step, length, powers)
 
     def data(self, kind: type[T]) -> T:
         """The data module it was trained on."""
@@ -217,6 +218,15 @@ def differences(old: Any, new: Any, at: str) -> Iterator[str]:
             yield from differences(old[key], new[key], inner)
     elif old != new:
         yield f"{at} is {brief(new)}, and was {brief(old)}"
+
+
+def as_length(name: str) -> float | None:
+    """The relative length that an average is named after, where it is one."""
+    try:
+        length = float(name)
+    except ValueError:
+        return None
+    return length if 1e-4 < length < LONGEST else None
 
 
 def averages(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

@@ -170,6 +170,10 @@ class Experiment:
             asked = None if conditioning is None else describe(conditioning)
             unlike += list(differences(start.about["conditioning"], asked, "data.conditioning"))
             unlike = unlike or ["data.conditioning reads other files than it did"]
+        optimizers = start.content.get("optimizer_states") or []
+        mine = [kinds(model.optimizer(model.denoiser.parameters()).param_groups)]
+        if not unlike and optimizers and mine != [kinds(o["param_groups"]) for o in optimizers]:
+            unlike.append("model.optimizer is of another kind than it was")
         if unlike:
             raise UserError(
                 f"{start.path} cannot be gone on with: {'; '.join(unlike[:3])}. Leave that as it "
@@ -297,3 +301,8 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=f".*{said}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+
+
+def kinds(groups: list[dict[str, Any]]) -> list[tuple[int, set[str]]]:
+    """How many weights each group of an optimizer has, and by what rule they move."""
+    return [(len(g["params"]), {"betas", "momentum"} & g.keys()) for g in groups]

@@ -26,8 +26,8 @@ class Guidance(Part, ABC):
     Arguments:
         scale: The scale w.
         interval: The least and the greatest noise ratio :math:`\sigma_t / \alpha_t` at which it
-            guides; elsewhere the denoiser is left as it is, for one evaluation. At high noise
-            guidance costs variety and at low noise it changes little. By default it always guides.
+            guides; elsewhere the denoiser is left as it is, for one evaluation. By default it
+            always guides.
 
     Attributes:
         needs_condition: Whether an unconditional model has nothing of it.
@@ -85,7 +85,8 @@ class ClassifierFree(Guidance):
 
     Arguments:
         scale: The scale w; above 1 the condition is stronger than the data would have it.
-        interval: Where it guides; see `Guidance`.
+        interval: Where it guides; see `Guidance`. At scale 0 the prompt is ignored at every noise
+            ratio.
         negative: A prompt to go away from, in place of the null condition; for a model of classes
             the name of one.
     """
@@ -191,6 +192,8 @@ class _ClassifierFree(Guided):
     def __init__(self, denoiser: Denoiser, u_null: Condition, guidance: Guidance) -> None:
         super().__init__(denoiser, guidance)
         self.u_null = u_null
+        if self.scale == 0:
+            self.interval = None
 
     def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
         if u is None:
@@ -199,7 +202,7 @@ class _ClassifierFree(Guided):
                 "prompts."
             )
         both = u.beside(self.u_null)
-        if self.scale == 0 and self.interval is None:
+        if self.scale == 0:
             null = _tuple(getattr(self.denoiser, what)(x_t, t, both[: len(u)]))
             return null, null
         x_t, t = x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2) if t.ndim else t

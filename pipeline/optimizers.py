@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
+
 __all__ = ["MuonAdamW"]
 
 LEAST = 64  # the sides of a matrix from which on Muon takes it
@@ -16,8 +18,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon moves a matrix by the nearest orthogonal one to its averaged gradient, scaled so that the
     root mean square of a move is that of AdamW: one learning rate serves both. A matrix is of a
-    hidden layer where each of its sides is at least 64; patches, single numbers and the weights of
-    convolutions are left to AdamW.
+    hidden layer where each of its sides is at least 64; small patches, single numbers and the
+    weights of convolutions are left to AdamW.
 
     Orthogonal is to be had by five rounds of matrix products in bfloat16, dear on a processor
     without it.
@@ -38,7 +40,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: The rate of Muon's average.
 
     Raises:
-        ValueError: No weight is a matrix of a hidden layer.
+        UserError: No weight is a matrix of a hidden layer.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
             hidden = p.ndim == 2 and min(p.shape) >= LEAST
             (matrices if hidden else rest).append(p)
         if not matrices:
-            raise ValueError(
+            raise UserError(
                 f"MuonAdamW found no matrix whose sides are both at least {LEAST}: use "
                 "torch.optim.AdamW for this network."
             )

@@ -55,7 +55,9 @@ def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":
         settings=wandb.Settings(
             init_timeout=PATIENCE,
             login_timeout=PATIENCE,
-            silent=mode == "offline",  # there is no page to point to
+            # offline there is no page to point to
+            silent=mode == "offline"
+            or os.environ.get("WANDB_SILENT", "").lower() in ("true", "1"),
         ),
     )
     try:

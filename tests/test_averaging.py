@@ -15,7 +15,7 @@ from tiny import CALLBACKS, fit, read
 from torch import Tensor
 
 from pipeline.averaging import combination, exponent, keep, overlap, reconstruct
-from pipeline.callbacks import PowerEMA
+from pipeline.callbacks import EMA, PowerEMA
 from pipeline.errors import UserError
 
 
@@ -67,18 +67,32 @@ def test_another_length_follows_from_the_kept_ones(tmp_path: Path) -> None:
     """
     walk = torch.from_numpy(np.random.default_rng(0).normal(size=(400, 50))).cumsum(0) / 20
     lengths, errors = (0.06, 0.075, 0.15, 0.2), []
-    for spacing in (100, 25):
+    for spacing in (50, 25):
         folder = tmp_path / str(spacing)
         for t in range(spacing, 401, spacing):
             kept = {f"{length:g}": {"w": averaged(walk, length, t)} for length in (0.05, 0.1)}
             keep(folder, t, kept)
+        own = {float(name): w for name, w in kept.items()}
         for length in lengths:
             truth = averaged(walk, length, 400)
-            found = reconstruct(folder, 400, length)["w"].double()
+            found = reconstruct(folder, 400, length, own)["w"].double()
             nearest = min((kept[name]["w"] - truth).norm() for name in kept)
             errors.append(((found - truth).norm() / nearest).item())
-    exact = reconstruct(folder, 400, 0.1)["w"].double()
-    assert torch.allclose(exact, averaged(walk, 0.1, 400), atol=1e-5)  # float32
+    between = {length: {"w": averaged(walk, length, 310)} for length in (0.05, 0.1)}
+    found = reconstruct(folder, 310, 0.075, between)["w"].double()
+    truth = averaged(
+        walk, 0.075, 310
+    )  # at a step that none was kept at, and after which some were
+    assert (found - truth).norm() < 0.05 * (between[0.1]["w"] - truth).norm()
+    with pytest.raises(
+        UserError, match="--ema 0.005 cannot be made of what .* 0.05 and 0.1 at 16"
+    ):
+        reconstruct(folder, 400, 0.005, own)
+    (folder / "averages" / "notes.safetensors").write_bytes(b"")  # is none of them
+    reconstruct(folder, 400, 0.075, own)
+    (folder / "averages" / "00000025.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="00000025.safetensors cannot be read"):
+        reconstruct(folder, 400, 0.075, own)
     seldom, often = errors[: len(lengths)], errors[len(lengths) :]
     assert max(seldom) < 0.5 and max(often) < 0.02
     assert all(b < a for a, b in zip(seldom, often, strict=True))
@@ -86,7 +100,10 @@ def test_another_length_follows_from_the_kept_ones(tmp_path: Path) -> None:
 
 def test_a_kept_average_is_itself() -> None:
     kept = [(t, length) for t in (100.0, 200.0) for length in (0.05, 0.1)]
-    assert np.allclose(combination(kept, (200.0, 0.05)), [0, 0, 1, 0], atol=1e-6)
+    weights, missed = combination(kept, (200.0, 0.05))
+    assert np.allclose(weights, [0, 0, 1, 0], atol=1e-6) and missed < 1e-6
+    # of the span from the last kept step on, nothing is known: it is missed, and not left out
+    assert combination(kept, (300.0, 0.05))[1] > 0.9
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -114,7 +131,7 @@ def test_the_callback_is_the_recursion(every: int, tmp_path: Path) -> None:
         found = ema.averages[f"{length:g}"][name].flatten()[:1].double()
         assert torch.allclose(found, mean, atol=1e-6)  # float32
     assert [f.stem for f in sorted((tmp_path / "averages").iterdir())] == ["00000008", "00000016"]
-    kept = reconstruct(tmp_path, 16, 0.05)
+    kept = reconstruct(tmp_path, 16, 0.05, {float(k): w for k, w in ema.averages.items()})
     assert torch.allclose(kept[name], ema.averages["0.05"][name], atol=1e-5)
 
 
@@ -122,14 +139,18 @@ def test_bad_lengths() -> None:
     for bad in ({"lengths": [0.1]}, {"lengths": [0.1, 0.1]}, {"times": 0}, {"every": 0}):
         with pytest.raises(ValueError, match="lengths|every"):
             PowerEMA(**bad)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="kept no averages to make one of length 0.07"):
-        reconstruct(Path("nowhere"), 3, 0.07)
+    endless: Any = SimpleNamespace(estimated_stepping_batches=float("inf"))
+    with pytest.raises(UserError, match="this run has no end"):
+        PowerEMA().on_train_start(endless, module())
+    both: Any = SimpleNamespace(callbacks=[EMA(), PowerEMA()])
+    with pytest.raises(UserError, match="Two callbacks average the weights"):
+        both.callbacks[0].setup(both, module(), "fit")
 
 
 def test_any_length_is_drawn_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     power = {
         "class_path": "pipeline.callbacks.PowerEMA",
-        "init_args": {"lengths": [0.1, 0.05], "times": 3},
+        "init_args": {"lengths": [0.1, 0.05], "times": 6},
     }
     own = [one if "EMA" not in one["class_path"] else power for one in CALLBACKS]
     run = fit(tmp_path / "run", callbacks=own)
@@ -146,7 +167,11 @@ def test_any_length_is_drawn_with(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no average 'long'; it has trained, 0.1, 0.05" in sentence(
         [*generate, "--ema", "long"], capsys
     )
-    assert "--ema 0.4: length = 0.4 must lie in" in sentence([*generate, "--ema", "0.4"], capsys)
+    for name in ("0.4", "nan", "1e-200"):
+        assert f"no average {name!r}; it has trained, 0.1, 0.05." in sentence(
+            [*generate, "--ema", name], capsys
+        )
+    assert "--ema 0.001 cannot be made" in sentence([*generate, "--ema", "0.001"], capsys)
     out = tmp_path / "r.json"
     args = ["--checkpoint", str(run), "--number", "6", "--ema", "0.15", "--out", str(out)]
     assert sentence(["evaluate", *args, "--steps", "0"], capsys)  # before anything is drawn

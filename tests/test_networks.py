@@ -394,13 +394,13 @@ def test_attention_of_a_transformer() -> None:
     q, k, v = layer.qkv(x).split(24, dim=-1)
     angles = turn(5, 12)
 
-    def prepared(z: Tensor, norm: nn.RMSNorm) -> Tensor:
-        heads = [rms_norm(head) * norm.weight for head in z.split(12, dim=-1)]
+    def prepared(z: Tensor, scale: Tensor) -> Tensor:
+        heads = [rms_norm(head) * scale for head in z.split(12, dim=-1)]
         pairs = [torch.complex(head[..., :6], head[..., 6:]) for head in heads]
         spun = [pair * torch.complex(*angles) for pair in pairs]
         return torch.cat([part for z in spun for part in (z.real, z.imag)], dim=-1)
 
-    q, k = prepared(q, layer.norm_q), prepared(k, layer.norm_k)
+    q, k = prepared(q, layer.scale_q), prepared(k, layer.scale_k)
     expected = layer.out(softmax_attention(q, k, v, 2, mask))
     assert torch.allclose(layer(x, angles, mask[:, None, None]), expected, atol=CLOSE)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.noise import Noise
 from pipeline.optimizers import MuonAdamW
 
@@ -65,5 +66,5 @@ def test_a_loaded_one_goes_on() -> None:
 
 
 def test_a_network_without_such_matrices_is_refused() -> None:
-    with pytest.raises(ValueError, match="no matrix whose sides are both at least 64"):
+    with pytest.raises(UserError, match="no matrix whose sides are both at least 64"):
         MuonAdamW(nn.Linear(63, 64).parameters())

@@ -151,6 +151,18 @@ def test_a_new_learning_rate_is_used(run: Path, tmp_path: Path) -> None:
     assert group["betas"] == (0.5, 0.9)
 
 
+def test_another_optimizer_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(run, tmp_path / "run")
+    sgd = tmp_path / "sgd.yaml"
+    sgd.write_text(
+        "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}}"
+    )
+    assert main(["fit", "--resume", str(folder), "-c", str(sgd)]) == 2
+    assert "model.optimizer is of another kind than it was" in capsys.readouterr().err
+
+
 def test_what_one_resume_was_told_the_next_one_knows(run: Path, tmp_path: Path) -> None:
     folder = copy(run, tmp_path / "run")
     assert main(["fit", "--resume", str(folder), "--trainer.max_steps", "5"]) == 0

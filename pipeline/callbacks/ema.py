@@ -1,5 +1,6 @@
 """The moving average of the weights."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.averaging import exponent, keep
 from pipeline.checkpoint import averages
+from pipeline.errors import UserError
 
 __all__ = ["EMA", "PowerEMA"]
 
@@ -43,6 +45,13 @@ class EMA(pl.Callback):
             raise ValueError(f"every = {every} must be at least 1.")
         self.every, self.step, self.swapped = every, 0, False
         self.averages: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if sum(isinstance(one, EMA) for one in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "Two callbacks average the weights, and each would put its own in place of the "
+                "other's: name one, EMA or PowerEMA, in trainer.callbacks."
+            )
 
     def kept_share(self, name: str, k: int) -> float:
         """The share of an average that is kept at step k, over m steps."""
@@ -126,9 +135,9 @@ class PowerEMA(EMA):
     .. math:: \hat\theta \leftarrow d_k \, \hat\theta + (1 - d_k) \, \theta, \quad
         d_k = \left(1 - \frac{m}{k}\right)^{\gamma + 1}
 
-    after every m-th step k. All of them are kept in the run's folder, `averages/`, at a few evenly
-    spread steps and at the last; `generate --ema 0.08` draws with the average of length 0.08 at
-    the checkpoint's step. The first validates and draws.
+    after every m-th step k. All of them are kept in the run's folder, `averages/`, at some evenly
+    spread steps; with those of a checkpoint `generate --ema 0.08` makes and draws with the average
+    of length 0.08 at the checkpoint's step. The first validates and draws.
 
     References:
         | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024),
@@ -138,7 +147,7 @@ class PowerEMA(EMA):
     Arguments:
         lengths: The relative lengths σ_rel, at least two different ones, each in (0, 0.288).
         every: The number m of steps between two updates.
-        times: How often they are kept in a run; each takes the room of all of them.
+        times: How often they are kept in a run, at most; each takes the room of all of them.
     """
 
     def __init__(
@@ -152,6 +161,14 @@ class PowerEMA(EMA):
         self.exponents = {f"{length:g}": exponent(length) for length in lengths}
         self._begin(list(self.exponents), every)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isinf(trainer.estimated_stepping_batches):
+            raise UserError(
+                "PowerEMA keeps averages at shares of the run, and this run has no end: give "
+                "--trainer.max_steps, or average with pipeline.callbacks.EMA."
+            )
+        super().on_train_start(trainer, pl_module)
+
     def kept_share(self, name: str, k: int) -> float:
         return (1 - self.every / k) ** (self.exponents[name] + 1)
 
@@ -160,9 +177,9 @@ class PowerEMA(EMA):
     ) -> None:
         before = self.step
         super().on_train_batch_end(trainer, pl_module)
-        steps = int(trainer.estimated_stepping_batches)
-        spacing = max(steps // self.times // self.every, 1) * self.every
-        due = self.step > before and (self.step % spacing == 0 or self.step == steps)
+        steps = trainer.estimated_stepping_batches
+        spacing = -(-int(steps) // (self.times * self.every)) * self.every
+        due = self.step > before and self.step % spacing == 0
         if due and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             keep(Path(trainer.default_root_dir), self.step, self.averages)
 

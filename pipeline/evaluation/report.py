@@ -63,9 +63,6 @@ def block(result: dict[str, Any]) -> str:
             beside = "too few true pictures" if true is None else f"true pictures {true:.4g}"
             value = f"{result[name]:.4g}{plus_minus(spread.get(name))}{ends}"
             lines.append(f"{name:>{width}} {value}   {beside}")
-    if "ladder" in result:
-        lines.append("frechet of true pictures made worse")
-        lines += [f"{value:>{width}.4g} {name}" for name, value in result["ladder"].items()]
     if "bits_per_dim" in result:
         error = plus_minus(result["bits_per_dim_error"])
         lines.append(f"{'bits_per_dim':>{width}} {result['bits_per_dim']:.4g}{error}")
@@ -100,6 +97,9 @@ def context(result: dict[str, Any]) -> str:
         if seeds > 1
         else "seeds: 1, so the spread is not known; --seeds 3 shows it",
     ]
+    if "ladder" in result:
+        rungs = ", ".join(f"{value:.4g} {name}" for name, value in result["ladder"].items())
+        lines.append(f"ladder: frechet of the true pictures {rungs}")
     if "likelihood" in result:
         how = result["likelihood"]
         lines.append(

@@ -12,7 +12,7 @@ from pipeline.networks.layers import LevelEmbedding, check_condition, check_plan
 
 __all__ = ["DiT"]
 
-BASE = 100.0  # of the rotary frequencies: the slowest turns once in 200 π patches
+BASE = 100.0  # of the rotary frequencies: the slowest turns once in some 500 patches
 
 
 Turn = tuple[Tensor, Tensor]  # cosine and sine of each angle of each token, (N, head_width / 2)
@@ -32,14 +32,17 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = width // head_width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.norm_q = nn.RMSNorm(head_width, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_width, eps=1e-6)
+        self.scale_q = nn.Parameter(torch.ones(head_width))
+        self.scale_k = nn.Parameter(torch.ones(head_width))
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
         parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = parts  # each (B, heads, N, head_width)
-        q, k = turned(self.norm_q(q), turn), turned(self.norm_k(k), turn)
+        q, k = (
+            turned(F.rms_norm(z, z.shape[-1:], scale.to(z.dtype), 1e-6), turn)
+            for z, scale in ((q, self.scale_q), (k, self.scale_k))
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
