@@ -12,7 +12,7 @@ points of one class, averaged over classes,
 unbiased, 0 for one law. Each seed's network draws once: the error bar is the standard error over
 seeds, of training and drawing both.
 
-    python benchmarks/lecture.py [--steps 1500] [--evaluations 200] [--seeds 3] [--out docs]
+    python benchmarks/lecture.py [--steps 1200] [--evaluations 200] [--seeds 3] [--out docs]
 
 It prints the tables and writes them into OUT/lecture.md, between its marks, with the figures
 beside it.
@@ -93,7 +93,7 @@ def mixture() -> Data:
     means = 0.8 * torch.stack((angles.cos(), angles.sin()), dim=1)
     law = GaussianMixture(means, [0.08, 0.12, 0.16, 0.2, 0.24])
     (x, k), (held, k_held) = law.sample(Noise("train"), 20000), law.sample(Noise("held"), 5000)
-    truth = [held[k_held == c][:500] for c in range(5)]
+    truth = [held[k_held == c][:300] for c in range(5)]
     return Data("mixture", x, k, truth, std=0.6, moderate=0.2, small=0.01, width=128)
 
 
@@ -342,7 +342,7 @@ def starts(data: Data, models: dict[str, Denoiser], rungs: list[tuple[Rung, floa
         sampler, denoiser = rung.make(step), models[rung.network]
         seen = watch(sampler, denoiser, data, k)
         if isinstance(sampler, Langevin):
-            shown = [0, 1, 2, 5, 10, 20, 50, 100, len(seen) - 1]
+            shown = [min(at, len(seen) - 1) for at in (0, 1, 2, 5, 10, 20, 50, 100, len(seen))]
         else:
             shown = torch.linspace(0, len(seen) - 1, columns).round().int().tolist()
         for c, at in enumerate(shown):
@@ -395,7 +395,7 @@ def write(file: Path, name: str, lines: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="of training, for each network")
+    parser.add_argument("--steps", type=int, default=1200, help="of training, for each network")
     parser.add_argument("--evaluations", type=int, default=200, help="of the network, for a draw")
     parser.add_argument("--seeds", type=int, default=3, help="networks learned, each to draw once")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where lecture.md is")

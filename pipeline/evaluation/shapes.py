@@ -195,13 +195,16 @@ def grain(pictures: Tensor | np.ndarray) -> float | None:
         The grain; `None` where no picture shows one object.
     """
     shown = np.array([one is not None for one in read(pictures)])
-    x = torch.as_tensor(pictures).cpu().numpy()[shown].astype(np.float32)
-    if not len(x):
-        return None
-    a, _ = cover(x, read_colour(x)[0])
-    near = max_pool2d(torch.from_numpy(a).float()[:, None], 2 * GAP + 1, 1, GAP)[:, 0] > 0
-    off = x - np.array(BACKGROUND, np.float32)[:, None, None]
-    return float(np.sqrt((off**2).mean(1)[~near.numpy()].mean()))
+    pixels, square, count = torch.as_tensor(pictures).cpu().numpy()[shown], 0.0, 0
+    for some in np.array_split(pixels, len(pixels) // 256 + 1):
+        x = some.astype(np.float32)
+        if len(x):
+            a, _ = cover(x, read_colour(x)[0])
+            near = max_pool2d(torch.from_numpy(a).float()[:, None], 2 * GAP + 1, 1, GAP)[:, 0] > 0
+            off = x - np.array(BACKGROUND, np.float32)[:, None, None]
+            ground = (off**2).mean(1)[~near.numpy()]
+            square, count = square + float(ground.sum(dtype=np.float64)), count + ground.size
+    return (square / count) ** 0.5 if count else None
 
 
 def fits(one: Attributes, want: Attributes) -> bool:
