@@ -33,7 +33,7 @@ generate: $(SETUP) ## Draw PROMPT (or a few default prompts) with the newest che
 evaluate: $(SETUP) ## Measure the newest checkpoint, or CHECKPOINT
 	@exec $(PY) -m pipeline evaluate $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
-lecture: $(SETUP) ## Climb the lecture's ladder (nine minutes or so) and write docs/lecture.md
+lecture: $(SETUP) ## Climb the lecture's ladder (seven minutes or so) and write docs/lecture.md
 	@exec $(PY) benchmarks/lecture.py $(ARGS)
 
 test: $(SETUP) ## Run the quick tests, some files at once (ARGS="-n 0": one after the other)
