@@ -264,14 +264,6 @@ class Preconditioned(Denoiser):
         return self.scales(self.schedule.ratio(t))[2] ** -2
 
 
-def _positive_sigma(sigma_data: float) -> float:
-    if not sigma_data > 0:
-        raise ValueError(
-            f"sigma_data = {sigma_data} must be positive: it is a standard deviation of the data."
-        )
-    return sigma_data
-
-
 class EDM(Preconditioned):
     r"""Scales that keep the network's input and target at unit variance at every noise level.
 
@@ -294,7 +286,12 @@ class EDM(Preconditioned):
 
     def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 0.5) -> None:
         super().__init__(network, schedule)
-        self.sigma_data = _positive_sigma(sigma_data)
+        if not sigma_data > 0:
+            raise ValueError(
+                f"sigma_data = {sigma_data} must be positive: it is a standard deviation of "
+                f"the data."
+            )
+        self.sigma_data = sigma_data
 
     def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = s**2 + self.sigma_data**2
@@ -324,8 +321,8 @@ class Flow(Preconditioned):
         return share, share, -s * share
 
 
-class Clean(Preconditioned):
-    r"""A network that gives clean x itself.
+class Clean(EDM):
+    r"""EDM's input, and a network that gives clean x itself.
 
     .. math:: c_\text{in} = \frac{1}{\sqrt{s^2 + \sigma_d^2}}, \quad c_\text{skip} = 0, \quad
         c_\text{out} = 1
@@ -345,12 +342,8 @@ class Clean(Preconditioned):
         sigma_data: The standard deviation :math:`\sigma_d` of the data.
     """
 
-    def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 0.5) -> None:
-        super().__init__(network, schedule)
-        self.sigma_data = _positive_sigma(sigma_data)
-
     def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (s**2 + self.sigma_data**2) ** -0.5, torch.zeros_like(s), torch.ones_like(s)
+        return super().scales(s)[0], torch.zeros_like(s), torch.ones_like(s)
 
 
 class Energy(FromScore, EDM):

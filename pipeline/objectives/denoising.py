@@ -166,8 +166,10 @@ class DSM(Objective):
         alpha_t, sigma_t = (expand_as_batch(s, x) for s in denoiser.schedule(t))
         x_t = alpha_t * x + sigma_t * noise.normal(x)
         error = denoiser(x_t, t, u) - x
-        weight = denoiser.weight(t) if self.weight is None else self.weight(sigma_t / alpha_t)
-        return weight.flatten() * error.square().flatten(1).mean(dim=1)
+        loss = error.square().flatten(1).mean(dim=1)
+        if self.weight is None:
+            return denoiser.weight(t) * loss
+        return self.weight(denoiser.schedule.ratio(t)) * loss
 
     def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The band of each time: bands are cut at quantiles of the level, whatever the order of a
