@@ -189,15 +189,16 @@ class Checkpoint:
         name = average or next(iter(kept), "trained")
         if name == "trained" or name in kept:
             return trained | kept.get(name, {})
-        length, own = as_length(name), {as_length(one): w for one, w in kept.items()}
-        if length is None or None in own or len(own) < 2:
+        own = {length: w for one, w in kept.items() if (length := as_length(one))}
+        length = as_length(name)
+        if length is None or len(own) < 2:
             also = "; any length needs pipeline.callbacks.PowerEMA in training" if length else ""
             raise UserError(
                 f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}"
                 f"{also}."
             )
-        step, powers = self.content.get("global_step", 0), {k: w for k, w in own.items() if k}
-        return trained | reconstruct(self.path.parent, step, length, powers)
+        step = self.content.get("global_step", 0)
+        return trained | reconstruct(self.path.parent, step, length, own)
 
     def data(self, kind: type[T]) -> T:
         """The data module it was trained on."""

@@ -148,7 +148,7 @@ class Autoguidance(Guidance):
 
 class Guided(Denoiser):
     """A linear combination of two denoisers, weaker + w (stronger − weaker), and so of their
-    scores and log-densities.
+    scores and log-densities; outside of the interval the stronger one.
     """
 
     def __init__(self, denoiser: Denoiser, guidance: Guidance) -> None:
@@ -193,7 +193,7 @@ class _ClassifierFree(Guided):
         super().__init__(denoiser, guidance)
         self.u_null = u_null
         if self.scale == 0:
-            self.interval = None
+            self.interval = None  # the prompt is ignored, and not at some noise ratios only
 
     def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
         if u is None:

@@ -16,7 +16,10 @@ LEAST = 64  # the sides of a matrix from which on Muon takes it
 class MuonAdamW(torch.optim.Optimizer):
     r"""Muon for the matrices of hidden layers, AdamW for all other weights.
 
-    Muon moves a matrix by the nearest orthogonal one to its averaged gradient, scaled so that the
+    .. math:: W \leftarrow W - \eta \, \Big( 0.2 \sqrt{\max(a, b)} \; U V^\top + \lambda W \Big),
+        \quad M = U S V^\top
+
+    for a matrix W (a, b) and its gradient averaged, with Nesterov's look ahead, M. Muon moves a matrix by the nearest orthogonal one to its averaged gradient, scaled so that the
     root mean square of a move is that of AdamW: one learning rate serves both. A matrix is of a
     hidden layer where each of its sides is at least 64; small patches, single numbers and the
     weights of convolutions are left to AdamW.

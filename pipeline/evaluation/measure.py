@@ -124,8 +124,7 @@ class Measure:
         """The Fréchet distances of the pictures of the floor, each made worse in one way: what a
         distance looks like.
         """
-        n, noise = len(self.truth), Noise("ladder")
-        x = self.truth.float()
+        x, noise = self.truth.float(), Noise("ladder")
         worse = {
             f"with noise of {levels} grey level{'s' if levels > 1 else ''}": x
             + levels * noise.normal(x)
@@ -133,7 +132,9 @@ class Measure:
         }
         worse["blurred, 3 × 3"] = avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         return {
-            name: self.score(y.round().clamp(0, 255).byte(), self.values[:n])["frechet"]
+            name: frechet(
+                read(self.features, y.round().clamp(0, 255).byte())[0], self.reference.statistics
+            )
             for name, y in worse.items()
         }
 

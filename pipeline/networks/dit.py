@@ -14,7 +14,6 @@ __all__ = ["DiT"]
 
 BASE = 100.0  # of the rotary frequencies: the slowest turns once in some 500 patches
 
-
 Turn = tuple[Tensor, Tensor]  # cosine and sine of each angle of each token, (N, head_width / 2)
 
 
@@ -195,10 +194,10 @@ def _places(h: Tensor) -> Tensor:
 def _waves(places: Tensor, width: int) -> Tensor:
     """Sines and cosines of each place, with shape (N, width)."""
     angles = _angles(places, width)
-    return F.pad(torch.cat((angles.cos(), angles.sin()), dim=-1), (0, width - 4 * (width // 4)))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def _angles(places: Tensor, width: int) -> Tensor:
-    """The angles of each place, half by row and half by column, with shape (N, 2 (width // 4))."""
+    """The angles of each place, half by row and half by column, with shape (N, width / 2)."""
     steps = torch.arange(width // 4, dtype=places.dtype, device=places.device) / (width // 4)
     return (places[:, :, None] * BASE**-steps).flatten(1)
