@@ -19,10 +19,10 @@ class MuonAdamW(torch.optim.Optimizer):
     .. math:: W \leftarrow W - \eta \, \Big( 0.2 \sqrt{\max(a, b)} \; U V^\top + \lambda W \Big),
         \quad M = U S V^\top
 
-    for a matrix W (a, b) and its gradient averaged, with Nesterov's look ahead, M. Muon moves a matrix by the nearest orthogonal one to its averaged gradient, scaled so that the
-    root mean square of a move is that of AdamW: one learning rate serves both. A matrix is of a
-    hidden layer where each of its sides is at least 64; small patches, single numbers and the
-    weights of convolutions are left to AdamW.
+    for a matrix W (a, b), M its gradient averaged, with Nesterov's look ahead: a move by the
+    nearest orthogonal matrix, scaled so that its root mean square is that of AdamW's. One learning
+    rate serves both. A matrix is of a hidden layer where each of its sides is at least 64; small
+    patches, single numbers and the weights of convolutions are left to AdamW.
 
     Orthogonal is to be had by five rounds of matrix products in bfloat16, dear on a processor
     without it.
