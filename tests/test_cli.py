@@ -101,6 +101,23 @@ def test_a_negative_prompt_stands_for_the_null_condition(run: Path, tmp_path: Pa
     assert manifest["guidance"]["negative"] is None
 
 
+def test_a_model_without_a_condition_takes_nothing_to_guide_it_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", "--data.conditioning", "null", steps=1)
+    args = ["generate", "--checkpoint", str(run), "--out", str(tmp_path / "out"), "--number", "1"]
+    for option, value in (
+        ("--scale", "3"),
+        ("--guidance.negative", "a red circle"),
+        ("--guidance.interval", "[0.2, 3]"),
+        ("--guidance", str(ROOT / "conf/guidance/high_noise.yaml")),
+    ):
+        said = sentence([*args, option, value], capsys)
+        assert "nothing to guide it by: leave out " + option in said
+    assert "takes no prompt, such as 'red'" in sentence([*args, "red"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interval_of_guidance(run: Path, tmp_path: Path) -> None:
     """One that no time of the grid is in is no guidance."""
     args = ["--number", "1", "--guidance.interval", "[1e5, 1e6]"]

@@ -179,12 +179,17 @@ def choose(
     generator.sampler = make(config.resolve("sampler", Sampler, **how))
     generator.guidance = make(config.resolve("guidance", Guidance | None, **how))
     if generator.conditioning is None and getattr(generator.guidance, "needs_condition", False):
-        if scale is not None or guidance is not None:
+        given = {"guidance": guidance, "scale": scale} | dict.fromkeys(
+            (one[2:].partition("=")[0] for one in options if one.startswith("--guidance.")), True
+        )
+        if told := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 f"{checkpoint.path} was trained without a condition, so there is nothing to guide "
-                f"it by: leave out --{'guidance' if guidance else 'scale'}, or use Autoguidance."
+                f"it by: leave out --{told[-1]}, or use Autoguidance."
             )
         generator.guidance = None  # the run's, which it does not use
+    if generator.guidance is not None and generator.guidance.negative is not None:
+        generator.embed([generator.guidance.negative])  # what is wrong with it is found first
     return {
         "sampler": brief(generator.sampler),
         "guidance": brief(generator.guidance),
