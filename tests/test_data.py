@@ -14,7 +14,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from test_conditioning import same
 from torch import Tensor
@@ -361,7 +361,7 @@ def test_mirrored_relations_are_held_out_together() -> None:
 
 def test_relations_draw_what_they_say(tmp_path: Path) -> None:
     data = Relations(None, 1, cache_dir=str(tmp_path))
-    x, captions = data.rows("unseen")
+    x, captions, _ = data.rows("unseen")
     i = next(i for i, c in enumerate(captions) if c.startswith("a red") and "left of a blue" in c)
     left, right = x[i, :, :, :16].astype(int), x[i, :, :, 16:].astype(int)
     assert (left[0] - left[2]).sum() > 1000 and (right[2] - right[0]).sum() > 1000
@@ -501,6 +501,26 @@ def test_the_middle_is_cut_out() -> None:
     wide.paste("blue", (16, 0, 32, 16))
     x = pictures.decode(encoded(wide), 8, 3)
     assert (abs(x[:, 4, 2:6].astype(int) - np.array([[0], [0], [255]])) < 8).all()
+
+
+def test_each_fit_keeps_what_it_says() -> None:
+    wide = Pillow.new("RGB", (48, 16), "red")
+    wide.paste("blue", (16, 0, 32, 16))
+    padded, squeezed = (pictures.decode(encoded(wide), 12, 3, fit) for fit in ("pad", "squeeze"))
+    # 48 × 16 becomes 12 × 4, between two bands of white
+    assert (padded[:, [0, 3, 8, 11]] == 255).all()
+    red, blue = np.array([[255], [0], [0]]), np.array([[0], [0], [255]])
+    for row, x in ((5, padded), (0, squeezed), (11, squeezed)):  # a third each; ringing is less
+        assert (abs(x[:, row, [0, 1, 10, 11]].astype(int) - red) < 24).all()
+        assert (abs(x[:, row, 5:7].astype(int) - blue) < 24).all()
+    grey = pictures.decode(encoded(Pillow.new("L", (8, 16), 7)), 16, 1, "pad")
+    assert (grey[0, :, :4] == 255).all() and (grey[0, :, 4:12] == 7).all()
+
+
+def test_a_fit_has_its_own_map(tmp_path: Path) -> None:
+    path = folder(tmp_path / "photos", 3)  # wide ones
+    crop, pad = (hub(path, tmp_path, fit=fit).rows("train").x for fit in ("crop", "pad"))
+    assert crop[:, :, 0].max() <= 2 and pad[:, :, 0].min() == 255
 
 
 def test_photographs_are_turned_upright() -> None:
@@ -696,6 +716,54 @@ def test_captions_are_as_typed(kind: str, tmp_path: Path) -> None:
     assert [found[k] for k in range(len(WORDS))] == WORDS
 
 
+SEVERAL = [["a", "bb"], ["ccc"], ["dddd", "eeeee", "ffffff"], ["a", "ggggggg"]]
+
+
+def several(kind: str, tmp_path: Path) -> str:
+    if kind == "folder":
+        return folder(tmp_path / "p", 4, SEVERAL)
+    of = List(Value("string"))
+    return twice(parquet(tmp_path / "p.parquet", images(4), caption=(of, SEVERAL)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_one_of_several_captions_is_drawn_each_time(kind: str, tmp_path: Path) -> None:
+    data = hub(several(kind, tmp_path), tmp_path, val_split=None, batch_size=12)
+    data.setup()
+    train, order = data.rows("train"), Order(len(data.rows("train").x), 12)
+    assert train.values == [captions[0] for captions in train.every()]
+    seen: dict[int, list[int]] = {row: [] for row in range(len(train.x))}
+    for raw, draw in zip(data.train_dataloader(), map(order.draw, range(300)), strict=False):
+        lengths = data.on_after_batch_transfer(raw, 0).u.tokens[:, 0, 0]
+        for row, length in zip(draw.rows.tolist(), lengths.tolist(), strict=True):
+            seen[row].append(int(length))
+    for row, captions in enumerate(train.every()):
+        count, n = Counter(seen[row]), len(seen[row])
+        assert set(count) == {len(caption) for caption in captions}
+        # 5 standard deviations of a binomial with n = 1,200
+        assert all(abs(k / n - 1 / len(captions)) < 5 * 0.5 / n**0.5 for k in count.values())
+    first = [len(caption) for caption in data.rows("val").values]
+    for _ in range(2):
+        batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+        assert batch.u.tokens[: len(first), 0, 0].tolist() == first
+
+
+def test_which_caption_belongs_to_the_order(tmp_path: Path) -> None:
+    data = hub(several("folder", tmp_path), tmp_path, batch_size=6)
+    data.setup()
+    whole = [raw.u.tolist() for raw, _ in zip(data.train_dataloader(), range(20), strict=False)]
+    data.seen = lambda: 13  # type: ignore[method-assign]
+    assert next(iter(data.train_dataloader())).u.tolist() == whole[13]
+
+
+@pytest.mark.parametrize("empty", [[], None, ["a", " "], ["a", None]])
+def test_an_empty_list_of_captions_is_named(empty: list | None, tmp_path: Path) -> None:
+    column = (List(Value("string")), [["a"], ["b"], empty, ["d"]])
+    path = parquet(tmp_path / "a.parquet", images(4), caption=column)
+    with pytest.raises(UserError, match="1 of 4 rows have no caption, or an empty one.*row 2"):
+        hub(path, tmp_path, val_split="test").rows("train")
+
+
 def test_metadata_may_lie_below_and_name_windows_paths(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -729,7 +797,7 @@ LINE = '{"file_name": "p0.png", "caption": "a"}\n'
         ("metadata.jsonl", '{"name": 1, "caption": 2}', "no column 'file_name'.*'name'"),
         ("metadata.jsonl", LINE.replace("caption", "image"), "column 'image'.*rename"),
         ("metadata.jsonl", LINE + LINE.replace("p0", "p1").replace('"a"', "7"), "'caption'.*as s"),
-        ("metadata.jsonl", LINE.replace('"a"', '["a", "b"]'), "'caption' holds List.*strings"),
+        ("metadata.jsonl", LINE.replace('"a"', '[1, 2]'), "'caption' holds List.*strings"),
         ("metadata.jsonl", LINE.replace('"a"', '""'), r"no caption.*row 0 .*p0.png"),
         ("metadata.jsonl", LINE.replace("caption", "title"), "no column 'caption'.*'title'"),
         ("metadata.jsonl", LINE.encode() + b"\xe9", "line 2.*not UTF-8"),
@@ -866,7 +934,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
         hub(good, tmp_path, caption="title").setup()
     with pytest.raises(UserError, match="'caption' holds Value.*not images.*'image'"):
         hub(good, tmp_path, image="caption").setup()
-    with pytest.raises(UserError, match="'image' holds Image.*strings or class labels"):
+    with pytest.raises(UserError, match="'image' holds Image.*lists of strings, or class"):
         hub(good, tmp_path, caption="image").setup()
     with pytest.raises(UserError, match="no split 'test'; it has 'train'"):
         hub(good, tmp_path, val_split="test").setup()

@@ -15,6 +15,7 @@ from pipeline.networks.layers import (
     CrossAttention,
     LevelEmbedding,
     SelfAttention,
+    attend,
     pool,
     width_groups,
 )
@@ -319,6 +320,27 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor)
             parts.append(scores.softmax(dim=-1) @ v[b, mask[b]][:, c])
         rows.append(torch.cat(parts, dim=-1))
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16(masked: bool) -> None:
+    """On a processor plain products take the place of the fused kernel, forward and back."""
+    q, k, v = (normal(3, n, 8).bfloat16().requires_grad_() for n in (4, 5, 5))
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    if masked:
+        mask[0, 3:], mask[1] = False, False
+    heads = [x[:, None] for x in (q, k, v)]
+    y = attend(*heads, mask[:, None, None] if masked else None)[:, 0]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = softmax_attention(*exact, 1, mask)
+    y.sum().backward()
+    expected.sum().backward()
+    pairs = [(y, expected), *((a.grad, b.grad) for a, b in zip((q, k, v), exact, strict=True))]
+    for low, full in pairs:
+        # each of three roundings is of 2⁻⁹ of numbers of size 1, and five are added
+        assert torch.allclose(low.double(), full, atol=0.05)
+    if masked:
+        assert (y[1] == 0).all() and (v.grad[1] == 0).all() and (v.grad[0, 3:] == 0).all()
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -50,10 +50,33 @@ class Batch(NamedTuple):
 class Source(NamedTuple):
     """N rows: x with shape :math:`(N, *)`, uint8 or float32, in memory or mapped, and one value
     per row, or None.
+
+    A row may have more values (several captions of a picture): one of all is drawn each time that
+    it is trained on, and `values` are the first of each.
     """
 
     x: np.ndarray
     values: Sequence | None
+    more: Sequence[Sequence] | None = None
+
+    def every(self) -> list[tuple]:
+        """All the values of each row."""
+        more = self.more or [()] * len(self.x)
+        return [(first, *rest) for first, rest in zip(self.values or (), more, strict=True)]
+
+
+class Index(NamedTuple):
+    """Which rows of the table belong to which row of x: those of row i are
+    `rows[starts[i] : starts[i + 1]]`.
+    """
+
+    rows: Tensor
+    starts: Tensor
+
+    def __call__(self, x: np.ndarray, which: np.ndarray) -> Tensor:
+        """The row of the table for each row of x, chosen by a number in [0, 1)."""
+        first, end = self.starts[x], self.starts[x + 1]
+        return self.rows[first + (torch.from_numpy(which) * (end - first)).long()]
 
 
 class Raw(NamedTuple):
@@ -72,20 +95,18 @@ class Rows(Dataset):
 
     Arguments:
         x: The rows, with shape :math:`(N, *)`.
-        index: The row of the table that each x is conditioned on, with shape :math:`(N,)`, or
-            None.
+        index: The rows of the table that each x is conditioned on, or None.
         table: The K distinct conditions, if they are to be gathered here and not on the device.
     """
 
-    def __init__(self, x: np.ndarray, index: Tensor | None = None, table: U = None) -> None:
+    def __init__(self, x: np.ndarray, index: Index | None = None, table: U = None) -> None:
         self.x, self.index, self.table = x, index, table
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitems__(self, draw: Draw) -> Raw:
-        rows = torch.from_numpy(draw.rows)
-        index = None if self.index is None else self.index[rows]
+        index = None if self.index is None else self.index(draw.rows, draw.caption)
         u = index if index is None or self.table is None else self.table[index]
         x = torch.from_numpy(np.asarray(self.x[draw.rows]))
         return Raw(x, u, torch.from_numpy(draw.flip), torch.from_numpy(draw.weight))
@@ -156,7 +177,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         self.table_gib = table_gib
         self._rows: dict[str, Source] = {}
         self._table: U = None
-        self._index: dict[str, Tensor] = {}
+        self._index: dict[str, Index] = {}
         self._on_device: dict[torch.device, tuple[U, U]] = {}
 
     @property
@@ -177,9 +198,15 @@ class DataModule(Part, L.LightningDataModule, ABC):
         """What each row of a split is conditioned on."""
         return self.rows(split).values
 
+    def more(self, split: str) -> Sequence[Sequence] | None:
+        """What else each row may be conditioned on instead; None where each has one value."""
+        return self.rows(split).more
+
     def names(self) -> list[str]:
         """The names of the distinct values that rows are conditioned on."""
-        return sorted({str(value) for split in self.splits for value in self.values(split) or []})
+        first = [self.values(split) or () for split in self.splits]
+        rest = [values for split in self.splits for values in self.more(split) or ()]
+        return sorted({str(value) for value in itertools.chain(*first, *rest)})
 
     def learn(self) -> None:
         """Tells the conditioning what it takes from the data."""
@@ -208,7 +235,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         fixed seed, each once before any twice, and the true rows of the first ones, all of them
         different.
         """
-        x, values = self.rows("val")
+        x, values, _ = self.rows("val")
         taken = in_rounds(len(x), number, np.random.default_rng(0))
         asked = [""] * number if values is None else [values[k] for k in taken]
         return asked, torch.from_numpy(x[taken[: len(x)]])
@@ -236,14 +263,17 @@ class DataModule(Part, L.LightningDataModule, ABC):
         """One table (K, L, E) for all splits, and every row's index into it."""
         if self.conditioning is None:
             return
-        values = [self.rows(split).values for split in self.splits]
-        if any(of_split is None for of_split in values):
+        sources = [self.rows(split) for split in self.splits]
+        if any(source.values is None for source in sources):
             self.no_values()
         self.learn()
-        lengths = [len(of_split) for of_split in values]  # type: ignore[arg-type]
-        every = list(itertools.chain(*values))  # type: ignore[arg-type]
-        self._table, index = embed_distinct(self.conditioning, every, self.cache / "embeddings")
-        self._index = dict(zip(self.splits, index.split(lengths), strict=True))
+        every = [source.every() for source in sources]
+        flat = [value for of_split in every for values in of_split for value in values]
+        self._table, index = embed_distinct(self.conditioning, flat, self.cache / "embeddings")
+        counts = [torch.tensor([0, *map(len, of_split)]) for of_split in every]
+        parts = index.split([int(count.sum()) for count in counts])
+        for split, rows, count in zip(self.splits, parts, counts, strict=True):
+            self._index[split] = Index(rows, count.cumsum(0))
 
     def train_dataloader(self) -> Loader:
         rank, world = self.place()

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.conditioning import Conditioning
 from pipeline.data.folder import Listing, canonical, is_picture, list_folder, read_folder, say
-from pipeline.data.pictures import Pictures, cores, named
+from pipeline.data.pictures import Fit, Pictures, cores, named
 from pipeline.errors import UserError
 from pipeline.files import digest, sha256
 
@@ -27,8 +27,9 @@ DATA = (".parquet", ".arrow", ".tar")  # the files of a data set that is no fold
 class Hub(Pictures):
     """Any data set with a column of images and one of captions or classes.
 
-    Pictures are cropped in the middle to a square and brought to `size`. A class column
-    (`ClassLabel`) gives class names, which are prompts to a text encoder and classes to `Classes`.
+    Pictures are made squares of `size`, as `fit` says. A class column (`ClassLabel`) gives class
+    names, which are prompts to a text encoder and classes to `Classes`. A column of lists of
+    captions gives a picture several: one is drawn each time, and the first validates.
 
     A folder with more pictures than parquet files is a folder of pictures: all of them, in folders
     below and linked ones too, in the order of their paths; what is left out is said. Captions are
@@ -42,12 +43,14 @@ class Hub(Pictures):
             one, a list, or a pattern such as `photos/*.parquet`.
         conditioning: What turns a caption or class name into u, or None.
         image: The column of images.
-        caption: The column of captions or classes.
+        caption: The column of captions, lists of captions, or classes.
         split: The split to train on; `all` is every row of every split.
         val_split: The split to validate on, which shares no row with `split`; null holds out one
             in twenty training rows, the same in every run.
         size: The side of a picture in pixels.
         channels: 3 for colour, 1 for grey.
+        fit: How a picture that is no square becomes one: `crop` cuts out the middle, `pad` adds
+            white on both sides, `squeeze` brings height and width to `size` each.
         flip: Whether half of the training pictures are mirrored; wrong where captions or pictures
             tell left from right.
         batch_size: The size of a global batch: all devices together.
@@ -68,6 +71,7 @@ class Hub(Pictures):
         val_split: str | None = None,
         size: int = 32,
         channels: int = 3,
+        fit: Fit = "crop",
         flip: bool = False,
         batch_size: int = 32,
         seed: int = 0,
@@ -79,6 +83,7 @@ class Hub(Pictures):
             conditioning,
             size,
             channels,
+            fit,
             batch_size=batch_size,
             seed=seed,
             workers=workers,
@@ -239,13 +244,25 @@ class Hub(Pictures):
         if hasattr(kind, "int2str"):
             self.check_full(split, [label is None or label < 0 for label in column], "class")
             return kind.int2str(column)
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        several = one_of(kind)
+        if getattr(several or kind, "dtype", None) not in ("string", "large_string"):
             raise UserError(
-                f"Column {self.caption!r} holds {kind}; a caption column holds strings or class "
-                "labels."
+                f"Column {self.caption!r} holds {kind}; a caption column holds strings, lists of "
+                "strings, or class labels."
             )
-        self.check_full(split, [not (text or "").strip() for text in column], "caption")
+        if several:
+            empty = [not texts or not all(map(filled, texts)) for texts in column]
+            self.check_full(split, empty, "caption, or an empty one,")
+            return [texts[0] for texts in column]
+        self.check_full(split, [not filled(text) for text in column], "caption")
         return column
+
+    def more(self, split: str) -> list[list[str]] | None:
+        rows = self.dataset(split)
+        if self.conditioning is None or not one_of(rows.features[self.caption]):
+            return None
+        column = rows.select_columns([self.caption])[:][self.caption]
+        return [texts[1:] for texts in column]
 
     def names(self) -> list[str]:
         kind = self.feature(self.dataset("train"), self.caption, "caption")
@@ -260,6 +277,15 @@ class Hub(Pictures):
                 f"{sum(empty)} of {len(empty)} rows have no {what} in column {self.caption!r}, "
                 f"the first is row {self.row_number(split, first)}{name}; fill or remove them."
             )
+
+
+def one_of(kind: Any) -> Any:
+    """What a column of lists holds lists of, or None."""
+    return kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+
+
+def filled(text: str | None) -> bool:
+    return bool((text or "").strip())
 
 
 def one_folder(path: str | list[str]) -> Path | None:

@@ -18,18 +18,21 @@ __all__ = ["Draw", "Order", "Pass", "in_rounds"]
 
 
 class Draw(NamedTuple):
-    """One rank's share of a global batch: which rows, which of them mirrored, what each weighs."""
+    """One rank's share of a global batch: which rows, which of them mirrored, which of a row's
+    captions by a number in [0, 1), what each weighs.
+    """
 
     rows: np.ndarray
     flip: np.ndarray
+    caption: np.ndarray
     weight: np.ndarray
 
 
 class Order(Sampler[Draw]):
     """The training order from batch number `start()` on, without end.
 
-    A row's flip comes from the generator of its permutation, so it too is a function of (seed,
-    batches seen, place).
+    A row's flip and caption come from the generator of its permutation, so they too are a function
+    of (seed, batches seen, place).
 
     Arguments:
         rows: The number N of rows.
@@ -70,23 +73,27 @@ class Order(Sampler[Draw]):
         first = batch * self.batch_size + self.rank * self.share
         epochs, places = np.divmod(np.arange(first, first + self.share), self.rows)
         rows, flip = np.empty_like(places), np.zeros(self.share, bool)
+        caption = np.zeros(self.share)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            permutation, mirrored = self.permutation(int(epoch))
-            rows[here], flip[here] = permutation[places[here]], mirrored[places[here]]
-        return Draw(rows, flip & self.flip, np.ones(self.share, np.float32))
+            permutation, mirrored, chosen = (
+                of_epoch[places[here]] for of_epoch in self.permutation(int(epoch))
+            )
+            rows[here], flip[here], caption[here] = permutation, mirrored, chosen
+        return Draw(rows, flip & self.flip, caption, np.ones(self.share, np.float32))
 
-    def permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if epoch != self._epoch:
             generator = np.random.default_rng((self.seed, epoch))
-            self._now = generator.permutation(self.rows), generator.random(self.rows) < 0.5
+            rows, n = generator.permutation(self.rows), self.rows
+            self._now = rows, generator.random(n) < 0.5, generator.random(n)
             self._epoch = epoch
         return self._now
 
 
 class Pass(Sampler[Draw]):
-    """One pass in fixed order; the last global batch wraps around, with weight 0, so every rank
-    makes equal calls.
+    """One pass in fixed order, each row with its first caption; the last global batch wraps
+    around, with weight 0, so every rank makes equal calls.
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
@@ -105,7 +112,8 @@ class Pass(Sampler[Draw]):
             first = batch * self.batch_size + self.rank * self.share
             places = np.arange(first, first + self.share)
             weight = (places < self.rows).astype(np.float32)
-            yield Draw(places % self.rows, np.zeros(self.share, bool), weight)
+            unmoved = np.zeros(self.share, bool), np.zeros(self.share)
+            yield Draw(places % self.rows, *unmoved, weight)
 
 
 def in_rounds(total: int, number: int, order: np.random.Generator) -> np.ndarray:

@@ -6,9 +6,9 @@ the version of the rule below). It is written beside its place and moved there w
 run that dies leaves nothing half-made. It ends with a checksum of its name and bytes, which is
 verified when it is opened: a map that was changed or cut, or is another's, is made anew.
 
-Rule: turned upright (EXIF), laid on white where transparent, the shorter side brought to `size`
-with a Lanczos filter, the middle cut out; 16 bits of grey are brought to 8. An unreadable picture
-stops the run with its row; guessing around it would change the data in silence.
+Rule: turned upright (EXIF), laid on white where transparent, made a square as `fit` says, with a
+Lanczos filter; 16 bits of grey are brought to 8. An unreadable picture stops the run with its row;
+guessing around it would change the data in silence.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Pictures", "decode", "write_map"]
 
-VERSION = 2  # of the rule in `decode`: raise it when pictures would come out different
+VERSION = 3  # of the rule in `decode`: raise it when pictures would come out different
+
+Fit = Literal["crop", "pad", "squeeze"]
 
 
 class Pictures(DataModule):
@@ -50,18 +52,26 @@ class Pictures(DataModule):
     Arguments:
         size: The side of a picture in pixels.
         channels: 3 for colour, 1 for grey.
+        fit: How a picture that is no square becomes one: `crop` cuts out the middle, `pad` adds
+            white on both sides, `squeeze` brings height and width to `size` each.
         kwargs: See :class:`pipeline.data.DataModule`.
     """
 
     image = "image"
 
     def __init__(
-        self, conditioning: Conditioning | None, size: int, channels: int = 3, **kwargs: Any
+        self,
+        conditioning: Conditioning | None,
+        size: int,
+        channels: int = 3,
+        fit: Fit = "crop",
+        **kwargs: Any,
     ) -> None:
         if size < 8:
             raise UserError(f"data.size is {size}; a picture needs a side of at least 8 pixels.")
         super().__init__(Pixels(channels, size, size), conditioning, **kwargs)
         self.size, self.channels = size, channels
+        self.fit: Fit = fit
 
     @abstractmethod
     def dataset(self, split: str) -> "datasets.Dataset":
@@ -75,18 +85,21 @@ class Pictures(DataModule):
     def values(self, split: str) -> list | None:
         """What each picture is conditioned on."""
 
+    def more(self, split: str) -> list[list] | None:
+        return None
+
     def row_number(self, split: str, row: int) -> int:
         """The number by which a person knows a row of a split."""
         return row
 
     def source(self, split: str) -> Source:
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
-        key = digest(VERSION, self.fingerprint(split), self.size, self.channels)
+        key = digest(VERSION, self.fingerprint(split), self.size, self.channels, self.fit)
         path = self.cache / "pictures" / f"{key[:32]}.npy"
         if not is_sound(path):
             images = self.dataset(split).select_columns([self.image])
             try:
-                write_map(path, images, (self.channels, self.size, self.size), f"decoding {split}")
+                write_map(path, images, self.shape, self.fit, f"decoding {split}")
             except Unreadable as error:
                 count, row, why = error.args
                 raise UserError(
@@ -94,7 +107,7 @@ class Pictures(DataModule):
                     f"{split!r} cannot be read, the first in row {self.row_number(split, row)} "
                     f"({why}); mend or remove them."
                 ) from None
-        return Source(np.load(path, mmap_mode="r"), values)
+        return Source(np.load(path, mmap_mode="r"), values, self.more(split))
 
 
 class Unreadable(Exception):
@@ -102,14 +115,14 @@ class Unreadable(Exception):
 
 
 def write_map(
-    path: Path, images: "datasets.Dataset", shape: tuple[int, int, int], title: str
+    path: Path, images: "datasets.Dataset", shape: tuple[int, ...], fit: Fit, title: str
 ) -> None:
     """Decodes a data set of one column, pictures, to `path`, all or nothing."""
     make_room(path.parent, len(images) * math.prod(shape))
     with whole(path) as part:
         rows = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), *shape))
         broken = []
-        for row, picture in enumerate(decoded(images, shape, title)):
+        for row, picture in enumerate(decoded(images, shape, fit, title)):
             if isinstance(picture, str):
                 broken.append((row, picture))
             else:
@@ -151,7 +164,7 @@ def is_sound(path: Path) -> bool:
 
 
 def decoded(
-    images: "datasets.Dataset", shape: tuple[int, int, int], title: str
+    images: "datasets.Dataset", shape: tuple[int, ...], fit: Fit, title: str
 ) -> Iterator[np.ndarray | str]:
     """Each row's picture, or the reason why there is none.
 
@@ -161,7 +174,7 @@ def decoded(
 
     def read(image: dict | None) -> np.ndarray | str:
         try:
-            return decode(image, shape[-1], shape[0])
+            return decode(image, shape[-1], shape[0], fit)
         except UnidentifiedImageError:
             return f"{named(image)}: no image that Pillow knows"
         except Exception as error:  # Pillow raises whatever a broken file provokes
@@ -181,7 +194,7 @@ def named(image: dict | None) -> str:
     return (image or {}).get("path") or "no file name"
 
 
-def decode(image: dict | None, size: int, channels: int) -> np.ndarray:
+def decode(image: dict | None, size: int, channels: int, fit: Fit = "crop") -> np.ndarray:
     """An encoded image {bytes, path} → uint8 (C, size, size)."""
     if not image or not (image.get("bytes") or image.get("path")):
         raise ValueError("it is empty")
@@ -190,9 +203,16 @@ def decode(image: dict | None, size: int, channels: int) -> np.ndarray:
     if channels == 1:
         picture = picture.convert("L")
     if picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        picture = squares[fit](picture, (size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def padded(picture: Image.Image, size: tuple[int, int], by: Image.Resampling) -> Image.Image:
+    return ImageOps.pad(picture, size, by, color="white")
+
+
+squares = {"crop": ImageOps.fit, "pad": padded, "squeeze": Image.Image.resize}
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:

@@ -8,7 +8,14 @@ from torch.nn import functional as F
 
 from pipeline.condition import U
 from pipeline.networks.base import Network
-from pipeline.networks.layers import LevelEmbedding, check_condition, check_planes, pool, zero
+from pipeline.networks.layers import (
+    LevelEmbedding,
+    attend,
+    check_condition,
+    check_planes,
+    pool,
+    zero,
+)
 
 __all__ = ["DiT"]
 
@@ -42,8 +49,7 @@ class Attention(nn.Module):
             turned(F.rms_norm(z, z.shape[-1:], scale.to(z.dtype), 1e-6), turn)
             for z, scale in ((q, self.scale_q), (k, self.scale_k))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
