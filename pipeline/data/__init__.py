@@ -2,6 +2,7 @@
 
 from pipeline.data.base import *
 from pipeline.data.hub import *
+from pipeline.data.openmoji import *
 from pipeline.data.pictures import *
 from pipeline.data.points import *
 from pipeline.data.shapes import *
