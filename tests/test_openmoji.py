@@ -64,8 +64,8 @@ def test_the_drawing_is_in_the_middle(data: OpenMoji) -> None:
 
 def test_same_bytes(data: OpenMoji) -> None:
     font = openmoji.ImageFont.truetype(str(data.font), 100)
-    one, two = (openmoji.draw("🐶", font) for _ in range(2))
-    assert one == two and Image.open(io.BytesIO(one)).size == (256, 256)
+    one, two = (openmoji.draw("🐶", font, 128) for _ in range(2))
+    assert one == two and Image.open(io.BytesIO(one)).size == (128, 128)
     assert data.fingerprint("train") != data.fingerprint("val")
 
 

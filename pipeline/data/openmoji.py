@@ -125,12 +125,12 @@ class OpenMoji(Pictures):
             if said["status"] == STATUS["fully_qualified"] and not LEFT_OUT & set(characters)
         ]
         font = ImageFont.truetype(str(self.font), 16)
-        width, missing = font.getlength("😀"), bytes(font.getmask("\U0010ffff"))
+        width, missing = font.getlength("😀"), draw("\U0010ffff", font, 24)
         return [
             one
             for one in known
             if font.getlength(one.characters) == width  # one drawing and not several
-            and bytes(font.getmask(one.characters)) != missing
+            and draw(one.characters, font, 24) != missing
         ]
 
     def plan(self, split: str) -> list[Emoji]:
@@ -150,7 +150,7 @@ class OpenMoji(Pictures):
         font, plan = ImageFont.truetype(str(self.font), CANVAS / 1.289), self.plan(split)
         images = []
         for one in tqdm(plan, desc=f"drawing {split}", unit=" pictures", disable=None):
-            images.append({"bytes": draw(one.characters, font), "path": None})
+            images.append({"bytes": draw(one.characters, font, CANVAS), "path": None})
         types = Features({"image": Images(decode=False), "caption": Value("string")})
         return Dataset.from_dict({"image": images, "caption": self.values(split)}, features=types)
 
@@ -159,10 +159,10 @@ class OpenMoji(Pictures):
         return f"openmoji {split} {VERSION} {made}"
 
 
-def draw(characters: str, font: ImageFont.FreeTypeFont) -> bytes:
+def draw(characters: str, font: ImageFont.FreeTypeFont, side: int) -> bytes:
     """A PNG of one emoji on white."""
-    picture, file = Image.new("RGB", (CANVAS, CANVAS), "white"), io.BytesIO()
-    middle = (CANVAS / 2, CANVAS / 2)
+    picture, file = Image.new("RGB", (side, side), "white"), io.BytesIO()
+    middle = (side / 2, side / 2)
     ImageDraw.Draw(picture).text(middle, characters, font=font, embedded_color=True, anchor="mm")
     picture.save(file, "png", compress_level=1)
     return file.getvalue()
