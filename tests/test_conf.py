@@ -44,6 +44,7 @@ def test_every_group_is_known() -> None:
     """What is neither built here nor an experiment is part of one."""
     assert {file.parent.name for file in GROUPS} - set(TYPES) == {
         "experiment",
+        "model",
         "optimizer",
         "sample",  # built and run by test_sample.py
         "trainer",
@@ -88,6 +89,7 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
     pictures = [{"bytes": _png(k), "path": None} for k in range(8)]
     rows: dict[str, dict[str, Any]] = {
         "emoji": {"image": pictures, "caption": [f"face {k}" for k in range(8)]},
+        "emoji_styles": {"image": pictures, "caption": [f"face {k}, flat style" for k in range(8)]},
         "cifar10": {"img": pictures, "label": list(range(8))},
     }
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -95,7 +97,7 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
         data = Dataset.from_dict(table).cast_column(next(iter(table)), Image())
         if kind == "cifar10":
             data = data.cast_column("label", ClassLabel(names=names))
-        for split in ("train", "test"):
+        for split in ("train", "test_pair" if kind == "emoji_styles" else "test"):
             (tmp_path / kind).mkdir(exist_ok=True)
             data.to_parquet(tmp_path / kind / f"{split}-00000-of-00001.parquet")
     cache = ["--data.cache_dir", str(tmp_path / "cache")]

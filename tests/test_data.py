@@ -881,6 +881,17 @@ def test_parquet_files_in_no_split_are_told(tmp_path: Path, capsys: pytest.Captu
             hub(str(path), tmp_path, conditioning=None).setup()
 
 
+def test_shards_are_of_the_split_that_they_name(tmp_path: Path) -> None:
+    """Also of one whose name has a word in it that `datasets` takes for a split."""
+    for k, split in enumerate(("train", "test_pair", "test_subject", "train")):
+        number = f"{k // 3:05}-of-{1 + (split == 'train'):05}"
+        (tmp_path / "p").mkdir(exist_ok=True)
+        parquet(tmp_path / f"p/{split}-{number}.parquet", images(4)[k : k + 1])
+    data = hub(str(tmp_path / "p"), tmp_path, conditioning=None, val_split="test_pair")
+    assert [levels(data, split) for split in ("train", "val")] == [[0, 30], [10]]
+    assert sorted(data.everything) == ["all", "test_pair", "test_subject", "train"]
+
+
 def test_all_of_parquet_files_is_every_split(tmp_path: Path) -> None:
     path = twice(parquet(tmp_path / "a.parquet", images(4)))
     assert everything(Path(path), tmp_path) == [0, 10, 20, 30] * 2

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Hub"]
 
 HELD_OUT = 20  # one row in so many validates, where no split is named for it
+SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.parquet")
 DATA = (".parquet", ".arrow", ".tar")  # the files of a data set that is no folder of pictures
 
 
@@ -309,8 +311,11 @@ def locate(path: str | list[str]) -> tuple[dict[str, Any], list[Path]]:
     if root := one_folder(path):
         check_plain(root)
         found = list_folder(root)
+        files = data_files(found)
+        if splits := shards(files):
+            return {"path": "parquet", "data_files": splits}, files
         pictures = [root / name for name in found.pictures]  # some, beside more parquet files
-        return {"path": str(root)}, data_files(found) + pictures
+        return {"path": str(root)}, files + pictures
     paths = [path] if isinstance(path, str) else list(path)
     files = [matching(one) for one in paths]
     for one, found in zip(paths, files, strict=True):
@@ -324,6 +329,18 @@ def locate(path: str | list[str]) -> tuple[dict[str, Any], list[Path]]:
         return {"path": paths[0]}, []
     every = [file for found in files for file in found]
     return {"path": "parquet", "data_files": {"train": [str(file) for file in every]}}, every
+
+
+def shards(files: list[Path]) -> dict[str, list[str]]:
+    """The files of each split, where all are named as the Hub names them,
+    `test_pair-00000-of-00001.parquet`; else nothing. `datasets` would take that one for `test`.
+    """
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        if not (named := SHARD.fullmatch(file.name)):
+            return {}
+        splits.setdefault(named[1], []).append(str(file))
+    return splits
 
 
 def matching(pattern: str) -> list[Path]:
