@@ -89,7 +89,10 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
     pictures = [{"bytes": _png(k), "path": None} for k in range(8)]
     rows: dict[str, dict[str, Any]] = {
         "emoji": {"image": pictures, "caption": [f"face {k}" for k in range(8)]},
-        "emoji_styles": {"image": pictures, "caption": [f"face {k}, flat style" for k in range(8)]},
+        "emoji_styles": {
+            "image": pictures,
+            "caption": [f"face {k}, flat style" for k in range(8)],
+        },
         "cifar10": {"img": pictures, "label": list(range(8))},
     }
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -230,15 +230,23 @@ class DataModule(Part, L.LightningDataModule, ABC):
         distinct = list(dict.fromkeys([""] if values is None else map(hashable, values)))
         return distinct[:: max(len(distinct) // number, 1)][:number]
 
-    def held_out(self, number: int) -> tuple[list[Any], Tensor]:
-        """What a model is asked for when it is measured: so many values in an order drawn by a
-        fixed seed, each once before any twice, and the true rows of the first ones, all of them
-        different.
+    def asked(self, number: int) -> np.ndarray:
+        """The rows of the split `val` whose values a model is asked for when it is measured: in an
+        order drawn by a fixed seed, each once before any twice.
         """
-        x, values, _ = self.rows("val")
-        taken = in_rounds(len(x), number, np.random.default_rng(0))
+        return in_rounds(len(self.rows("val").x), number, np.random.default_rng(0))
+
+    def held_out(self, number: int) -> tuple[list[Any], Tensor]:
+        """What a model is asked for when it is measured, so many values, and the true rows of the
+        first ones, all of them different.
+        """
+        (x, values, _), taken = self.rows("val"), self.asked(number)
         asked = [""] * number if values is None else [values[k] for k in taken]
         return asked, torch.from_numpy(x[taken[: len(x)]])
+
+    def labelled(self, split: str) -> dict[str, list[str]]:
+        """What else is known of each row and may be read back from a picture, label by label."""
+        return {}
 
     def wanted(self, number: int, order: np.random.Generator) -> list[Any] | None:
         """What else a model can be asked for, if what it draws can be read back: each a thing that

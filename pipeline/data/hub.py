@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = ["Hub"]
 
 HELD_OUT = 20  # one row in so many validates, where no split is named for it
 SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.parquet")
+WORDS = ("string", "large_string")
 DATA = (".parquet", ".arrow", ".tar")  # the files of a data set that is no folder of pictures
 
 
@@ -46,6 +48,8 @@ class Hub(Pictures):
         conditioning: What turns a caption or class name into u, or None.
         image: The column of images.
         caption: The column of captions, lists of captions, or classes.
+        labels: Columns of words or classes that the evaluation reads back from the pictures, by a
+            judge that it teaches to: `[style, subject]`.
         split: The split to train on; `all` is every row of every split.
         val_split: The split to validate on, which shares no row with `split`; null holds out one
             in twenty training rows, the same in every run.
@@ -69,6 +73,7 @@ class Hub(Pictures):
         conditioning: Conditioning | None,
         image: str = "image",
         caption: str = "caption",
+        labels: Sequence[str] = (),
         split: str = "train",
         val_split: str | None = None,
         size: int = 32,
@@ -94,6 +99,7 @@ class Hub(Pictures):
         )
         self.path, self.image, self.caption = path, image, caption
         self.split, self.val_split, self.flip = split, val_split, flip
+        self.labels = list(labels)
         self._downloads = str(self.cache / "datasets") if cache_dir else None
 
     @cached_property
@@ -238,6 +244,7 @@ class Hub(Pictures):
 
     def values(self, split: str) -> list[str] | None:
         """Captions or class names, row by row; none are read for an unconditional model."""
+        self.labelled(split)  # what is wrong with them is found before training
         if self.conditioning is None:
             return None
         rows = self.dataset(split)
@@ -247,7 +254,7 @@ class Hub(Pictures):
             self.check_full(split, [label is None or label < 0 for label in column], "class")
             return kind.int2str(column)
         several = one_of(kind)
-        if getattr(several or kind, "dtype", None) not in ("string", "large_string"):
+        if getattr(several or kind, "dtype", None) not in WORDS:
             raise UserError(
                 f"Column {self.caption!r} holds {kind}; a caption column holds strings, lists of "
                 "strings, or class labels."
@@ -266,17 +273,32 @@ class Hub(Pictures):
         column = rows.select_columns([self.caption])[:][self.caption]
         return [texts[1:] for texts in column]
 
+    def labelled(self, split: str) -> dict[str, list[str]]:
+        rows, found = self.dataset(split), {}
+        for name in self.labels:
+            kind, column = self.feature(rows, name, "labels"), rows.select_columns([name])[:][name]
+            if not (hasattr(kind, "int2str") or getattr(kind, "dtype", None) in WORDS):
+                raise UserError(
+                    f"Column {name!r} (data.labels) holds {kind}; a label is a word or a class."
+                )
+            self.check_full(split, [value in (None, "", -1) for value in column], "label", name)
+            found[name] = kind.int2str(column) if hasattr(kind, "int2str") else column
+        return found
+
     def names(self) -> list[str]:
         kind = self.feature(self.dataset("train"), self.caption, "caption")
         return list(kind.names) if hasattr(kind, "int2str") else super().names()
 
-    def check_full(self, split: str, empty: list[bool], what: str) -> None:
+    def check_full(
+        self, split: str, empty: list[bool], what: str, column: str | None = None
+    ) -> None:
         if any(empty):
             first = empty.index(True)
             image = self.dataset(split)[first][self.image]
             name = f" ({named(image)})" if self.folder else ""
             raise UserError(
-                f"{sum(empty)} of {len(empty)} rows have no {what} in column {self.caption!r}, "
+                f"{sum(empty)} of {len(empty)} rows have no {what} in column "
+                f"{column or self.caption!r}, "
                 f"the first is row {self.row_number(split, first)}{name}; fill or remove them."
             )
 
