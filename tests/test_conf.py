@@ -92,6 +92,8 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
         "emoji_styles": {
             "image": pictures,
             "caption": [f"face {k}, flat style" for k in range(8)],
+            "style": ["flat"] * 8,
+            "subject": [f"face {k}" for k in range(8)],
         },
         "cifar10": {"img": pictures, "label": list(range(8))},
     }
