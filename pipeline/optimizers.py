@@ -4,6 +4,7 @@ convolutions.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,16 +23,23 @@ def orthogonal(m: Tensor) -> Tensor:
     r"""Nearly :math:`U V^\top` of each matrix :math:`M = U S V^\top` of a stack (…, a, b): its
     singular values become about 1, from 0.5 to 1.5.
 
-    Five rounds of :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X` in bfloat16 (Jordan
-    et al., 2024).
+    Five rounds of :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X` (Jordan et al.,
+    2024), in bfloat16 where the device multiplies in it.
     """
-    x = m.bfloat16()
+    x = m.bfloat16() if m.device.type != "cpu" or multiplies_in_bfloat16() else m.float()
     x = x.mT if m.shape[-2] > m.shape[-1] else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ROUNDS):
         gram = x @ x.mT
         x = A * x + (B * gram + C * gram @ gram) @ x
     return x.mT if m.shape[-2] > m.shape[-1] else x
+
+
+@cache
+def multiplies_in_bfloat16() -> bool:
+    """Whether the processor has instructions for it; without them it takes many times as long."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -45,9 +53,6 @@ class MuonAdamW(torch.optim.Optimizer):
     rate serves both. A convolution (a, c, h, w) is the matrix (a, c·h·w). A weight is of a hidden
     layer where it has at least 32 channels on both sides; small patches, single numbers and what
     leads into and out of the network are left to AdamW.
-
-    Orthogonal is to be had by five rounds of matrix products in bfloat16, dear on a processor
-    without it.
 
     References:
         | Muon: An Optimizer for Hidden Layers in Neural Networks (Jordan et al., 2024)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import optimizers
 from pipeline.errors import UserError
 from pipeline.noise import Noise
 from pipeline.optimizers import MuonAdamW, orthogonal
@@ -72,7 +73,17 @@ def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, ...]) -> N
     turned = u.mT @ found @ v.mT
     off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 0.05
-    assert torch.equal(orthogonal(torch.zeros(32, 32)), torch.zeros(32, 32).bfloat16())
+    assert (orthogonal(torch.zeros(32, 32)) == 0).all()
+
+
+def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = Noise("m").normal(torch.empty(32, 48))
+    monkeypatch.setattr(optimizers, "multiplies_in_bfloat16", lambda: False)
+    full = orthogonal(m)
+    monkeypatch.setattr(optimizers, "multiplies_in_bfloat16", lambda: True)
+    low = orthogonal(m)
+    assert full.dtype == torch.float32 and low.dtype == torch.bfloat16
+    assert 0 < (full - low.float()).norm() < 0.06 * full.norm()
 
 
 def test_a_convolution_is_a_matrix() -> None:
