@@ -120,13 +120,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         averages = [self.state[p]["momentum_buffer"] for p in params]
         gradients, lr = [p.grad for p in params], group["lr"]
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])  # type: ignore
+        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # type: ignore
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for k, m in enumerate(ahead):
             alike[len(m), m[0].numel()].append(k)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # type: ignore
         for shape, places in alike.items():
             moves = orthogonal(torch.stack([ahead[k].reshape(shape) for k in places]))
             for k, u in zip(places, moves, strict=True):

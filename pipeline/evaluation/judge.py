@@ -99,11 +99,12 @@ class Judge(nn.Module):
             same for the prompts in another order, "shuffled"; and "chance".
         """
         found, n = self.read(pictures), len(pictures)
-        shuffle = order.permutation(n)
+        places: list[int] = order.permutation(n).tolist()
+        shuffled = {name: [column[k] for k in places] for name, column in wanted.items()}
         share = {name: 1 / len(known) for name, known in self.values.items()}
         return {
             "accuracy": right(found, wanted),
-            "shuffled": right(found, {k: [v[i] for i in shuffle] for k, v in wanted.items()}),
+            "shuffled": right(found, shuffled),
             "chance": share
             | {"mean": sum(share.values()) / len(share), "all": math.prod(share.values())},
         }

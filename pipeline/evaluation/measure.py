@@ -37,6 +37,7 @@ from pipeline.evaluation.distances import (
     precision_recall,
 )
 from pipeline.evaluation.features import Features
+from pipeline.evaluation.judge import judge_of
 from pipeline.evaluation.reference import reference_of
 from pipeline.evaluation.statistics import Reference, Statistics, by_class
 from pipeline.generator import Generator
@@ -79,6 +80,11 @@ class Measure:
         self.data, self.features, self.number, self.clip = data, features, number, clip
         self.reference = open_reference(data, features, number)
         self.values, self.truth = data.held_out(number)
+        self.judge = in_turn(lambda: judge_of(data, features.device))
+        self.wanted = {
+            name: [column[row] for row in data.asked(number)]
+            for name, column in data.labelled("val").items()
+        }
         if len(self.truth) < 2:
             raise UserError(
                 "The data hold out one picture, and the distance of true pictures needs at least "
@@ -102,8 +108,8 @@ class Measure:
 
         Returns:
             What :meth:`score` says and, where the data can be read back, what
-            :func:`pipeline.evaluation.adherence.shapes_adherence` does; the uint8 pictures
-            (N, C, H, W); their prompts.
+            :func:`pipeline.evaluation.adherence.shapes_adherence` or a judge does; the uint8
+            pictures (N, C, H, W); their prompts.
         """
         order = np.random.default_rng(seed)
         wanted = self.data.wanted(self.number, order)
@@ -111,13 +117,22 @@ class Measure:
         drawn = generator(values, range(seed, seed + self.number), micro_batch, progress)
         pictures = torch.cat([rows.cpu() for rows in drawn])
         found = {} if wanted is None else shapes_adherence(pictures, wanted, order)
+        found |= self.judged(pictures, order)
         return found | self.score(pictures, values), pictures, list(map(str, values))
+
+    def judged(self, pictures: Tensor, order: np.random.Generator) -> dict[str, Any]:
+        """What the judge reads in pictures of the first prompts, where the data have labels."""
+        if self.judge is None:
+            return {}
+        wanted = {name: column[: len(pictures)] for name, column in self.wanted.items()}
+        return self.judge.adherence(pictures, wanted, order)
 
     @cached_property
     def floor(self) -> dict[str, Any]:
         """The scores of `number` true held-out pictures, or of as many as there are."""
-        n = len(self.truth)
-        return {"number": n} | self.score(self.truth, self.values[:n])
+        n, judged = len(self.truth), self.judged(self.truth, np.random.default_rng(0))
+        judged = {"accuracy": judged["accuracy"]} if judged else {}
+        return {"number": n} | judged | self.score(self.truth, self.values[:n])
 
     @cached_property
     def ladder(self) -> dict[str, float]:

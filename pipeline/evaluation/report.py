@@ -45,9 +45,11 @@ def block(result: dict[str, Any]) -> str:
     width = max(10, *(len(name) for name in (*SCORES, "bits_per_dim") if name in result))
     for name, value in result.get("accuracy", {}).items():
         shuffled, chance = result["shuffled"][name], result["chance"][name]
+        of_true = result["floor"].get("accuracy", {})
+        true = f"   true pictures {of_true[name]:.3f}" if name in of_true else ""
         lines.append(
             f"{name:>{width}} {value:.3f}{plus_minus(spread.get('accuracy', {}).get(name))}   "
-            f"prompts shuffled {shuffled:.3f}   chance {chance:.3f}"
+            f"prompts shuffled {shuffled:.3f}   chance {chance:.3f}{true}"
         )
     if result.get("grain") is not None:
         value = f"{result['grain']:.3g}{plus_minus(spread.get('grain'))}"
@@ -97,6 +99,11 @@ def context(result: dict[str, Any]) -> str:
         if seeds > 1
         else "seeds: 1, so the spread is not known; --seeds 3 shows it",
     ]
+    if "accuracy" in result["floor"]:
+        lines.append(
+            "accuracy: by a judge taught on true training pictures alone; beside each score, how "
+            "often it is right on the floor's"
+        )
     if "ladder" in result:
         rungs = ", ".join(f"{value:.4g} {name}" for name, value in result["ladder"].items())
         lines.append(f"ladder: frechet of the true pictures {rungs}")
