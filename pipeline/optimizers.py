@@ -54,6 +54,9 @@ class MuonAdamW(torch.optim.Optimizer):
     layer where it has at least 32 channels on both sides; small patches, single numbers and what
     leads into and out of the network are left to AdamW.
 
+    As with torch's fused optimizers, gradients are divided by the tensor `grad_scale`, and nothing
+    moves where the tensor `found_inf` is 1, on the device and without a word to the host.
+
     References:
         | Muon: An Optimizer for Hidden Layers in Neural Networks (Jordan et al., 2024)
         | https://kellerjordan.github.io/posts/muon
@@ -97,7 +100,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 rest, lr, (b1, b2), weight_decay=weight_decay, fused=True
             )
             groups += self.adamw.param_groups
-        super().__init__(groups, {})
+        super().__init__(groups, {"fused": True})
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
@@ -108,8 +113,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.move(self.param_groups[0])
         if len(self.param_groups) > 1:
             # a loaded state has groups of its own
-            self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
-            self.adamw.step()
+            adamw: Any = self.adamw
+            adamw.param_groups, adamw.state = self.param_groups[1:], self.state
+            adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
+            adamw.step()
         return loss
 
     def move(self, group: dict[str, Any]) -> None:
@@ -120,6 +127,16 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         averages = [self.state[p]["momentum_buffer"] for p in params]
         gradients, lr = [p.grad for p in params], group["lr"]
+        if self.grad_scale is not None:
+            gradients = torch._foreach_div(gradients, self.grad_scale)  # type: ignore
+        if self.found_inf is not None:
+            # an average that is its own gradient stays as it is, and a rate of 0 moves nothing
+            bad = self.found_inf > 0
+            gradients = [
+                torch.where(bad, average, gradient)
+                for average, gradient in zip(averages, gradients, strict=True)
+            ]
+            lr = lr * ~bad
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])  # type: ignore
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # type: ignore
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -130,4 +147,5 @@ class MuonAdamW(torch.optim.Optimizer):
         for shape, places in alike.items():
             moves = orthogonal(torch.stack([ahead[k].reshape(shape) for k in places]))
             for k, u in zip(places, moves, strict=True):
-                params[k].add_(u.reshape(params[k].shape), alpha=-lr * 0.2 * max(shape) ** 0.5)
+                move = u.reshape(params[k].shape).to(params[k].dtype)
+                params[k].sub_(move * (lr * 0.2 * max(shape) ** 0.5))

@@ -111,6 +111,32 @@ def test_a_convolution_is_a_matrix() -> None:
     assert moved.max() < 0.0201 and moved.min() > 0.0199  # AdamW's two first moves, of lr each
 
 
+def test_gradients_are_scaled_and_bad_ones_move_nothing() -> None:
+    """As with torch's fused optimizers: clipping divides, and what is not finite is no step."""
+    one, two = network(), network()
+    ours, plain = MuonAdamW(one.parameters(), lr=0.01), MuonAdamW(two.parameters(), lr=0.01)
+    for i in range(6):
+        scale = 2.0 ** (i % 3)
+        for k, (p, q) in enumerate(zip(one.parameters(), two.parameters(), strict=True)):
+            p.grad = Noise(i, k).normal(torch.empty(p.shape))
+            q.grad = p.grad / scale
+        ours.grad_scale, ours.found_inf = torch.tensor(scale), torch.tensor(float(i == 3))
+        if i == 3:
+            before = copy.deepcopy((one.state_dict(), ours.state_dict()["state"]))
+            for p in one.parameters():
+                p.grad.view(-1)[0] = float("nan")
+        ours.step()
+        if i != 3:
+            plain.step()
+            continue
+        for p, q in zip(before[0].values(), one.state_dict().values(), strict=True):
+            assert torch.equal(p, q)
+        for a, b in zip(before[1].values(), ours.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)  # the rate is rounded to float32 there
+
+
 def test_a_loaded_one_goes_on() -> None:
     straight = network()
     optimizer = MuonAdamW(straight.parameters(), lr=0.01)
