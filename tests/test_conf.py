@@ -106,9 +106,12 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
             (tmp_path / kind).mkdir(exist_ok=True)
             data.to_parquet(tmp_path / kind / f"{split}-00000-of-00001.parquet")
     cache = ["--data.cache_dir", str(tmp_path / "cache")]
-    small = {"cifar10": ["--model.denoiser.network.widths", "[16, 32, 32]"]}  # it is for a GPU
-    return {
-        kind: ["--data.path", str(tmp_path / kind), *cache, *small.get(kind, [])] for kind in rows
+    own = {kind: ["--data.path", str(tmp_path / kind), *cache] for kind in rows}
+    for kind, same in (("cifar10_long", "cifar10"), ("emoji_styles_64", "emoji_styles")):
+        own[kind] = own[same]
+    small = ["--model.denoiser.network.widths", "[16, 32, 32]"]  # they are for a GPU
+    return own | {
+        kind: own[kind] + small for kind in ("cifar10", "cifar10_long", "emoji_styles_64")
     }
 
 

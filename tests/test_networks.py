@@ -513,6 +513,18 @@ def test_low_precision_keeps_the_condition() -> None:
     assert (low - y).square().mean().sqrt() < 0.05 * y.square().mean().sqrt()
 
 
+def test_dropout_is_of_training_alone() -> None:
+    torch.manual_seed(0)
+    network = awake(unet(**WAYS["all"] | {"dropout": 0.3})).float()
+    x, u = normal(4, 1, 8, 8).float(), Condition(tokens(4).float())
+    torch.manual_seed(1)
+    one, two = (network.train()(x, LEVEL.float(), u) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(one, network(x, LEVEL.float(), u)) and not torch.equal(one, two)
+    three, four = (network.eval()(x, LEVEL.float(), u) for _ in range(2))
+    assert torch.equal(three, four) and not torch.equal(one, three)
+
+
 def test_coordinates() -> None:
     y, x = _places(torch.zeros(2, 5, 3, 4))[1]
     assert torch.equal(y[:, 0], torch.tensor([-1.0, 0.0, 1.0])) and torch.equal(y[:, 0], y[:, 3])

@@ -25,12 +25,13 @@ __all__ = ["UNet"]
 class Block(nn.Module):
     """Two convolutions, the second modulated by the level and the condition, beside a skip."""
 
-    def __init__(self, width_in: int, width: int, dim: int) -> None:
+    def __init__(self, width_in: int, width: int, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm_1 = nn.GroupNorm(width_groups(width_in), width_in)
         self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm_2 = nn.GroupNorm(width_groups(width), width, affine=False)
         self.modulation = nn.Linear(dim, 2 * width)
+        self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
         self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
         zero(self.conv_2)
@@ -39,15 +40,17 @@ class Block(nn.Module):
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = torch.addcmul(shift, self.norm_2(h), 1 + scale)
-        return self.skip(x) + self.conv_2(F.silu(h))
+        return self.skip(x) + self.conv_2(self.dropout(F.silu(h)))
 
 
 class Stage(nn.Module):
     """A block, then self-attention and cross-attention where the stage has them."""
 
-    def __init__(self, width_in: int, width: int, dim: int, attention: bool, u_dim: int) -> None:
+    def __init__(
+        self, width_in: int, width: int, dim: int, attention: bool, u_dim: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.block = Block(width_in, width, dim)
+        self.block = Block(width_in, width, dim, dropout)
         self.attention = SelfAttention(width) if attention else nn.Identity()
         self.cross = CrossAttention(width, u_dim) if u_dim else None
 
@@ -91,6 +94,8 @@ class UNet(Network):
             places are learned sooner with it.
         planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
             where u is a picture.
+        dropout: The share of a block's numbers that are left out in training, for data that a
+            network could learn by heart.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class UNet(Network):
         attend: Sequence[int] = (),
         coordinates: bool = False,
         planes: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for name, stages in (("attention", attention), ("attend", attend)):
@@ -124,7 +130,8 @@ class UNet(Network):
         dim = 4 * widths[0]
 
         def stage(k: int, width_in: int) -> Stage:
-            return Stage(width_in, widths[k], dim, k in attention, u_dim if k in attend else 0)
+            of_u = u_dim if k in attend else 0
+            return Stage(width_in, widths[k], dim, k in attention, of_u, dropout)
 
         self.level = LevelEmbedding(dim)
         self.modulate = (
