@@ -367,6 +367,7 @@ def test_classes_and_pictures_without_any(
         own += ["--data.cache_dir", str(tmp_path / "cache"), "--run", str(tmp_path / name)]
         own += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--data.batch_size"]
         own += ["4", "--trainer.logger", "false", "--model.sampler.steps", "2"]
+        own += ["--model.guidance", str(ROOT / "conf/guidance/classifier_free.yaml")]
         assert main(["fit", "-c", str(ROOT / "conf/experiment/cifar10.yaml"), *own]) == 0
         told = evaluate(tmp_path / name, tmp_path / f"{name}.json", "--number", "12")
         assert told["floor"]["number"] == 10 and told["frechet"] > told["floor"]["frechet"]

@@ -145,10 +145,10 @@ def test_a_new_learning_rate_is_used(run: Path, tmp_path: Path) -> None:
         assert main(["fit", "--resume", str(folder), *more, *own]) == 0
     weights = [read(folder)["state_dict"] for folder in runs]
     assert not equal(weights[0], weights[1]) and not equal(weights[0], weights[2])
-    (group,) = read(runs[1])["optimizer_states"][0]["param_groups"]
-    assert group["initial_lr"] == 0.1
-    (group,) = read(runs[2])["optimizer_states"][0]["param_groups"]
-    assert group["betas"] == (0.5, 0.9)
+    for group in read(runs[1])["optimizer_states"][0]["param_groups"]:
+        assert group["initial_lr"] == 0.1
+    _, adamw = read(runs[2])["optimizer_states"][0]["param_groups"]
+    assert adamw["betas"] == (0.5, 0.9)
 
 
 def test_another_optimizer_is_refused(
@@ -214,7 +214,6 @@ def test_the_best_stays_the_best_where_the_folder_moves(run: Path, tmp_path: Pat
     "how",
     [
         ["--model.optimizer.lr", "1e30"],
-        ["--model.optimizer.lr", "1e30", "--model.optimizer.fused", "false"],
         ["--model.optimizer.lr", "1e30", "--trainer.gradient_clip_val", "null"],
     ],
 )
