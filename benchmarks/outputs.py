@@ -26,9 +26,9 @@ from pipeline.cli import main as command
 from pipeline.experiment import Experiment, keep_memory
 
 OUTPUTS = {
-    "EDM": ["conf/objective/dsm_flat.yaml"],
-    "Flow": ["conf/objective/dsm_flat.yaml"],
-    "Clean": ["conf/objective/dsm_clean.yaml"],
+    "EDM": "conf/objective/dsm_flat.yaml",
+    "Flow": "conf/objective/dsm_flat.yaml",
+    "Clean": "conf/objective/dsm_clean.yaml",
 }
 DENOISER = "--model.denoiser"
 TRIED = 30  # steps, of which the last two thirds are timed
@@ -46,13 +46,12 @@ class Clock(pl.Callback):
 
 def options(output: str, network: str, dit: list[int], unet: str) -> list[str]:
     """What `fit` is told of a pair."""
-    (objective,) = OUTPUTS[output]
     told = [f"{DENOISER}.class_path", f"pipeline.denoisers.{output}"]
     told += [
         f"{DENOISER}.schedule",
         "conf/schedule/rectified.yaml",
         "--model.objective",
-        objective,
+        OUTPUTS[output],
     ]
     if network == "UNet":
         return [*told, f"{DENOISER}.network", unet]

@@ -51,8 +51,8 @@ class MuonAdamW(torch.optim.Optimizer):
     for a matrix W (a, b), M its gradient averaged, with Nesterov's look ahead: a move by the
     nearest orthogonal matrix, scaled so that its root mean square is that of AdamW's. One learning
     rate serves both. A convolution (a, c, h, w) is the matrix (a, c·h·w). A weight is of a hidden
-    layer where it has at least 32 channels on both sides; small patches, single numbers and what
-    leads into and out of the network are left to AdamW.
+    layer where it has at least 32 channels on both sides, as the layers from pixels and to pixels
+    have not, but for patches of 4; all others are left to AdamW.
 
     As with torch's fused optimizers, gradients are divided by the tensor `grad_scale`, and nothing
     moves where the tensor `found_inf` is 1, on the device and without a word to the host.

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from pipeline.conditioning import Conditioning
 from pipeline.data.pictures import Pictures
 from pipeline.errors import UserError
 from pipeline.files import sha256
@@ -64,39 +63,11 @@ class OpenMoji(Pictures):
     References:
         | https://openmoji.org
 
-    Arguments:
-        conditioning: What turns a name into u, or None.
-        size: The side of a picture in pixels.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order.
-        workers: Loader processes.
-        cache_dir: Where pictures and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
-        table_gib: See :class:`pipeline.data.DataModule`.
+    Its arguments are those of :class:`pipeline.data.Pictures`; all drawings are squares.
 
     Raises:
         UserError: The packages are missing, or Pillow cannot join characters to one drawing.
     """
-
-    def __init__(
-        self,
-        conditioning: Conditioning | None,
-        size: int = 32,
-        batch_size: int = 32,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        table_gib: float = 1.0,
-    ) -> None:
-        super().__init__(
-            conditioning,
-            size,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            cache_dir=cache_dir,
-            table_gib=table_gib,
-        )
 
     @cached_property
     def font(self) -> Path:

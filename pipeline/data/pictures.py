@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -54,7 +54,12 @@ class Pictures(DataModule):
         channels: 3 for colour, 1 for grey.
         fit: How a picture that is no square becomes one: `crop` cuts out the middle, `pad` adds
             white on both sides, `squeeze` brings height and width to `size` each.
-        kwargs: See :class:`pipeline.data.DataModule`.
+        batch_size: The size of a global batch: all devices together.
+        seed: What decides the order, and what a subclass draws.
+        workers: Loader processes.
+        cache_dir: Where pictures and embeddings are kept; by default
+            `~/.cache/conditional-pipeline`.
+        table_gib: See :class:`pipeline.data.DataModule`.
     """
 
     image = "image"
@@ -62,14 +67,19 @@ class Pictures(DataModule):
     def __init__(
         self,
         conditioning: Conditioning | None,
-        size: int,
+        size: int = 32,
         channels: int = 3,
         fit: Fit = "crop",
-        **kwargs: Any,
+        batch_size: int = 32,
+        seed: int = 0,
+        workers: int = 0,
+        cache_dir: str | None = None,
+        table_gib: float = 1.0,
     ) -> None:
         if size < 8:
             raise UserError(f"data.size is {size}; a picture needs a side of at least 8 pixels.")
-        super().__init__(Pixels(channels, size, size), conditioning, **kwargs)
+        codec = Pixels(channels, size, size)
+        super().__init__(codec, conditioning, batch_size, seed, workers, cache_dir, table_gib)
         self.size, self.channels = size, channels
         self.fit: Fit = fit
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from pipeline.data import DataModule
+from pipeline.evaluation.reference import digest_of
 from pipeline.files import digest, whole
 
 __all__ = ["Judge", "judge_of"]
@@ -142,10 +143,6 @@ def judge_of(data: DataModule, device: torch.device | str = "cpu") -> Judge | No
         with whole(path) as part:
             save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, part)
     return judge.eval()
-
-
-def digest_of(x: np.ndarray) -> str:
-    return digest(x.shape, *(x[k : k + 1024].tobytes().hex() for k in range(0, len(x), 1024)))
 
 
 def restored(judge: Judge, path: Path) -> bool:

@@ -18,7 +18,7 @@ from pipeline.evaluation.features import Features
 from pipeline.evaluation.statistics import Reference, Statistics
 from pipeline.files import digest
 
-__all__ = ["reference_of"]
+__all__ = ["digest_of", "reference_of"]
 
 VERSION = 1  # of what a reference holds
 KEPT = 10_000  # pictures whose features are kept one by one
@@ -68,14 +68,19 @@ def reference_of(
     return found, path
 
 
-def describe(x: np.ndarray, split: str, features: Features, number: int) -> dict[str, str]:
-    """All that decides a reference."""
+def digest_of(x: np.ndarray) -> str:
+    """The sha256 of pictures and their shape."""
     pixels = hashlib.sha256(str(x.shape).encode())
     for start in range(0, len(x), 1024):
         pixels.update(x[start : start + 1024].tobytes())
+    return pixels.hexdigest()
+
+
+def describe(x: np.ndarray, split: str, features: Features, number: int) -> dict[str, str]:
+    """All that decides a reference."""
     return {
         "version": str(VERSION),
-        "data": pixels.hexdigest(),
+        "data": digest_of(x),
         "split": split,
         "pictures": f"{number} of {len(x)} pictures of {' x '.join(map(str, x.shape[1:]))}",
         "features": features.name,
