@@ -3,8 +3,8 @@ convolutions.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,23 +23,42 @@ def orthogonal(m: Tensor) -> Tensor:
     r"""Nearly :math:`U V^\top` of each matrix :math:`M = U S V^\top` of a stack (…, a, b): its
     singular values become about 1, from 0.5 to 1.5.
 
-    Five rounds of :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X` (Jordan et al.,
-    2024), in bfloat16 where the device multiplies in it.
+    Five rounds of :math:`X \leftarrow P X`, :math:`P = a I + b G + c G^2`, :math:`G = X X^\top`
+    (Jordan et al., 2024). All P are polynomials of the first G, so that a round is
+    :math:`Q \leftarrow P Q`, :math:`G \leftarrow P G P`, of the short side alone, and X is met at
+    the beginning and at the end. In float32: noise in G of bfloat16's or TF32's size grows
+    twelvefold a round where G is 0, past all bounds.
     """
-    x = m.bfloat16() if m.device.type != "cpu" or multiplies_in_bfloat16() else m.float()
-    x = x.mT if m.shape[-2] > m.shape[-1] else x
+    x = m.float()
+    x = x.mT if x.shape[-2] > x.shape[-1] else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(ROUNDS):
+    with torch.autocast(x.device.type, enabled=False), exact_products():
         gram = x @ x.mT
-        x = A * x + (B * gram + C * gram @ gram) @ x
+        p = q = polynomial(gram)
+        for _ in range(ROUNDS - 1):
+            gram = p @ gram @ p
+            p = polynomial(gram)
+            q = p @ q
+        x = q @ x
     return x.mT if m.shape[-2] > m.shape[-1] else x
 
 
-@cache
-def multiplies_in_bfloat16() -> bool:
-    """Whether the processor has instructions for it; without them it takes many times as long."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+def polynomial(gram: Tensor) -> Tensor:
+    r""":math:`a I + b G + c G^2`."""
+    p = B * gram + C * gram @ gram
+    p.diagonal(dim1=-2, dim2=-1).add_(A)
+    return p
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 without TF32, whatever was set for the networks."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -147,5 +166,4 @@ class MuonAdamW(torch.optim.Optimizer):
         for shape, places in alike.items():
             moves = orthogonal(torch.stack([ahead[k].reshape(shape) for k in places]))
             for k, u in zip(places, moves, strict=True):
-                move = u.reshape(params[k].shape).to(params[k].dtype)
-                params[k].sub_(move * (lr * 0.2 * max(shape) ** 0.5))
+                params[k].sub_(u.reshape(params[k].shape) * (lr * 0.2 * max(shape) ** 0.5))

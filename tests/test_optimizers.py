@@ -54,7 +54,7 @@ def test_it_is_muon_on_hidden_matrices_and_adamw_elsewhere() -> None:
             optimizer.step()
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             if p.shape == hidden.shape:
-                # roundings of 2⁻⁹ in five rounds make 4 % of a move
+                # theirs is in bfloat16: its roundings in five rounds make 4 % of a move
                 assert (p - q).norm() < 0.06 * (q - start).norm()
             else:
                 assert torch.equal(p, q)
@@ -66,24 +66,53 @@ def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, ...]) -> N
     u, _, v = torch.linalg.svd(m, full_matrices=False)
     found = orthogonal(m).double()
     s = torch.linalg.svdvals(found)
-    # the quintic has its least and greatest fixed values near 0.68 and 1.14; of these, 5 % is for
-    # roundings of 2⁻⁹ in five rounds
-    assert s.max() < 1.2 and s.min() > 0.64
+    # the quintic has its least and greatest fixed values near 0.68 and 1.14
+    assert s.max() < 1.2 and s.min() > 0.66
     # and it turns nothing: U^T X V is diagonal but for the roundings
     turned = u.mT @ found @ v.mT
     off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
-    assert off.abs().max() < 0.05
+    assert off.abs().max() < 1e-3
     assert (orthogonal(torch.zeros(32, 32)) == 0).all()
 
 
-def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = Noise("m").normal(torch.empty(32, 48))
-    monkeypatch.setattr(optimizers, "multiplies_in_bfloat16", lambda: False)
-    full = orthogonal(m)
-    monkeypatch.setattr(optimizers, "multiplies_in_bfloat16", lambda: True)
-    low = orthogonal(m)
-    assert full.dtype == torch.float32 and low.dtype == torch.bfloat16
-    assert 0 < (full - low.float()).norm() < 0.06 * full.norm()
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_gradient_of_low_rank_stays_bounded(rank: int) -> None:
+    """Where G is 0 its noise grows twelvefold a round: in bfloat16, of autocast, past 1e3."""
+    a, b = Noise("a").normal(torch.empty(128, rank)), Noise("b").normal(torch.empty(rank, 512))
+    with torch.autocast("cpu", torch.bfloat16):
+        s = torch.linalg.svdvals(orthogonal(torch.einsum("ir,rj->ij", a.double(), b.double())))
+    assert s[:rank].min() > 0.6 and s[0] < 1.2
+    assert s[rank:].max() < 1e-3  # roundings of 2⁻²⁴ times 3.44⁵
+
+
+def test_the_setting_of_tf32_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul, seen, polynomial = torch.backends.cuda.matmul, [], optimizers.polynomial
+
+    def look(gram: torch.Tensor) -> torch.Tensor:
+        seen.append(matmul.fp32_precision)
+        return polynomial(gram)
+
+    monkeypatch.setattr(optimizers, "polynomial", look)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        orthogonal(torch.eye(32))
+        assert set(seen) == {"ieee"} and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_small_singular_values_go_where_the_quintic_sends_them() -> None:
+    """Five rounds on the numbers themselves say what the matrix should get."""
+    m = Noise("m").normal(torch.empty(64, 256, dtype=torch.float64))
+    u, _, v = torch.linalg.svd(m, full_matrices=False)
+    s = torch.logspace(0, -4, 64, dtype=torch.float64)
+    found = u.mT @ orthogonal((u * s) @ v).double() @ v.mT
+    wanted = s / s.norm()
+    for _ in range(5):
+        wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
+    # float32 leaves 2e-7 of the largest in G, and each round takes it times up to 12
+    assert (found - torch.diag(wanted)).abs().max() < 2e-3
 
 
 def test_a_convolution_is_a_matrix() -> None:
@@ -106,7 +135,7 @@ def test_a_convolution_is_a_matrix() -> None:
         two.step()
     # alone or with another of its shape: the roundings alone differ
     change = twin.weight - first
-    assert (weights[0].reshape(32, -1) - twin.weight).norm() < 0.06 * change.norm()
+    assert (weights[0].reshape(32, -1) - twin.weight).norm() < 1e-3 * change.norm()
     moved = (weights[2] - small).abs()
     assert moved.max() < 0.0201 and moved.min() > 0.0199  # AdamW's two first moves, of lr each
 
