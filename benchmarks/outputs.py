@@ -1,9 +1,10 @@
 """What the network is asked for, and which network: EDM, flow and clean x, UNet and DiT.
 
-Each pair is trained for the same time on the same machine, its learning rate falling to 0 at the
-end, and drawn from as the experiment says; `evaluate` scores it on what was held out. The DiT's
-width is such that both networks have about as many weights. Clean x has the weight of the
-velocity, the others their own. A pair that the folder holds already is not trained again.
+Each pair is trained for the same time on one machine (of its processor where there is no GPU, so
+that other work on it changes little), its learning rate falling to 0 at the end, and drawn from as
+the experiment says; `evaluate` scores it on what was held out. The DiT's width is such that both
+networks have about as many weights. Clean x has the weight of the velocity, the others their own.
+A pair that the folder holds already is not trained again.
 
     python benchmarks/outputs.py [--minutes 6] [-- more options of fit]
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,6 +36,9 @@ DENOISER = "--model.denoiser"
 TRIED = 30  # steps, of which the last two thirds are timed
 
 
+NOW = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+
 class Clock(pl.Callback):
     """When each step ended."""
 
@@ -41,10 +46,10 @@ class Clock(pl.Callback):
         self.times: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(NOW())
 
 
-def options(output: str, network: str, dit: list[int], unet: str) -> list[str]:
+def options(output: str, network: str, args: argparse.Namespace) -> list[str]:
     """What `fit` is told of a pair."""
     told = [f"{DENOISER}.class_path", f"pipeline.denoisers.{output}"]
     told += [
@@ -54,10 +59,13 @@ def options(output: str, network: str, dit: list[int], unet: str) -> list[str]:
         OUTPUTS[output],
     ]
     if network == "UNet":
-        return [*told, f"{DENOISER}.network", unet]
+        widths = [f"{DENOISER}.network.widths", f"[{args.widths}]"] if args.widths else []
+        return [*told, f"{DENOISER}.network", args.unet, *widths]
     told += [f"{DENOISER}.network", "conf/network/dit_small.yaml"]
-    for name, value in zip(("width", "depth", "patch", "head_width"), dit, strict=True):
-        told += [f"{DENOISER}.network.{name}", str(value)]
+    for name, value in zip(
+        ("width", "depth", "patch", "head_width"), args.dit.split(","), strict=True
+    ):
+        told += [f"{DENOISER}.network.{name}", value]
     return told
 
 
@@ -79,10 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--experiment", default="conf/experiment/shapes.yaml")
     parser.add_argument("--unet", default="conf/network/unet_small.yaml")
+    parser.add_argument("--widths", help="of the UNet, as 32,64,128, for its file's")
     parser.add_argument(
         "--dit", default="160,6,4,40", help="width, depth, patch and head width (160,6,4,40)"
     )
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training, for each (6)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training, each (6)")
     parser.add_argument("--number", type=int, default=128, help="pictures to score (128)")
     parser.add_argument("--seed", type=int, default=5000, help="of the first picture (5000)")
     parser.add_argument("--only", default="", help="pairs, as Clean/DiT,EDM/UNet")
@@ -91,12 +100,11 @@ def main() -> None:
     args = parser.parse_args()
     keep_memory()
     pairs = [f"{o}/{n}" for n in ("UNet", "DiT") for o in OUTPUTS]
-    dit = [int(part) for part in args.dit.split(",")]
     for pair in args.only.split(",") if args.only else pairs:
         output, network = pair.split("/")
         folder = args.out / f"{output}_{network}"
         result, about = folder.with_suffix(".json"), folder.with_suffix(".about.json")
-        told = [*options(output, network, dit, args.unet), *args.more]
+        told = [*options(output, network, args), *args.more]
         if not result.exists():
             steps, weights = steps_in(args.minutes, args.experiment, told)
             length = [
@@ -105,11 +113,11 @@ def main() -> None:
                 "--trainer.val_check_interval",
                 str(steps),
             ]
-            start = time.perf_counter()
+            start = NOW()
             line = ["fit", "-c", args.experiment, *told, *length, "--run", str(folder)]
             if code := command(line):
                 raise SystemExit(code)
-            minutes = (time.perf_counter() - start) / 60
+            minutes = (NOW() - start) / 60
             about.write_text(json.dumps({"steps": steps, "weights": weights, "minutes": minutes}))
             line = ["evaluate", "--checkpoint", str(folder), "--out", str(result)]
             if code := command([*line, "--number", str(args.number), "--seed", str(args.seed)]):
