@@ -1,11 +1,15 @@
 """Noise: reproducible, shared between devices by rows, and of the stated laws."""
 
+import tracemalloc
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from pipeline.noise import Noise, PictureNoise, mix
+from pipeline.noise import Noise, PictureNoise, mix, permuted
 
 # A law is rejected below this p-value; the draws are seeded, so a test that passes keeps passing.
 P = 1e-3
@@ -46,16 +50,80 @@ def test_like_decides_shape_and_type() -> None:
             assert drawn.shape == x.shape and drawn.dtype == dtype
 
 
-def test_rows_of_two_devices_are_the_rows_of_one() -> None:
-    def draws(noise: Noise, n: int) -> list[Tensor]:
-        x = torch.zeros(n, 2, 3)
-        return [noise.normal(x), noise.uniform(n), noise.spread(n), noise.normal(x)]
+def draws(noise: Noise, n: int) -> list[Tensor]:
+    x = torch.zeros(n, 2, 3)
+    return [noise.normal(x), noise.uniform(n), noise.spread(n), noise.normal(x)]
 
-    whole = draws(Noise("key"), 10)
-    first = draws(Noise("key", rows=(0, 10)), 6)
-    second = draws(Noise("key", rows=(6, 10)), 4)
-    for a, b, both in zip(first, second, whole, strict=True):
-        assert torch.equal(torch.cat((a, b)), both)
+
+@pytest.mark.parametrize(
+    "parts", [(6, 4), (32, 32), (16, 16, 16), (1,) * 70, (5, 64, 31), (1000, 500)]
+)
+def test_rows_of_several_devices_are_the_rows_of_one(parts: tuple[int, ...]) -> None:
+    total, start, found = sum(parts), 0, []
+    for n in parts:
+        found.append(draws(Noise("key", rows=(start, total)), n))
+        start += n
+    for shares, whole in zip(
+        zip(*found, strict=True), draws(Noise("key", rows=(0, total)), total), strict=True
+    ):
+        assert torch.equal(torch.cat(shares), whole)
+        assert len(whole.flatten(1).unique(dim=0)) == total if whole.ndim > 1 else True
+
+
+def test_what_a_device_draws_does_not_grow_with_the_world() -> None:
+    """1,024 devices of 16 rows: their rows together are those of one, and each draws one block."""
+    world, n, drawn = 1024, 16, []
+    whole = Noise("key", rows=(0, world * n)).normal(torch.empty(world * n, 4))
+
+    def count(size: tuple[int, ...], **more: Any) -> Tensor:
+        drawn.append(size[0])
+        return torch.rand(size, **more)
+
+    for rank in range(world):
+        noise = Noise("key", rows=(rank * n, world * n))
+        assert torch.equal(noise.normal(torch.empty(n, 4)), whole[rank * n :][:n])
+        noise._draw(count, n)
+    assert drawn == [32] * world
+
+
+def test_each_row_has_numbers_of_its_own() -> None:
+    x = Noise("law", rows=(0, 20_000)).normal(torch.zeros(20_000, 2, dtype=torch.float64))
+    assert stats.kstest(x.flatten().numpy(), "norm").pvalue > P
+    assert abs(torch.corrcoef(x.T)[0, 1]) < 4 / 20_000**0.5  # 4 standard errors
+    blocks = x[:, 0].reshape(-1, 32)
+    # neighbouring blocks have generators of their own
+    assert abs(
+        torch.corrcoef(torch.stack((blocks[:-1].flatten(), blocks[1:].flatten())))[0, 1]
+    ) < (4 / 20_000**0.5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 1000, 1024, 1025, 1277, 5453, 100_003])
+def test_a_permutation_is_one(n: int) -> None:
+    found = permuted(np.arange(n), n, "key", n)
+    assert (np.bincount(found, minlength=n) == 1).all()
+    assert (permuted(np.arange(n)[::-1], n, "key", n) == found[::-1]).all()  # one by one too
+
+
+@pytest.mark.parametrize("n", [5, 1024, 1025, 2000])
+def test_each_place_of_a_permutation_is_uniform(n: int) -> None:
+    """And so is the step from one place to the next: no row follows another more often."""
+    zero, one = np.array([permuted(np.array([0, 1]), n, "law", k) for k in range(4000)]).T
+    step = (one - zero) % n - 1  # never 0
+    for found, m in ((zero, n), (one, n), (step, n - 1)):
+        cells = np.arange(m) * min(m, 20) // m
+        expected = np.bincount(cells) * len(found) / m
+        assert stats.chisquare(np.bincount(cells[found]), expected).pvalue > P
+
+
+def test_a_permutation_of_a_billion_is_no_table() -> None:
+    n = 10**9
+    tracemalloc.start()
+    found = permuted(np.arange(n - 512, n), n, "key")
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(found.tolist())) == 512 and 0 <= found.min() and found.max() < n
+    assert used < 1e6  # 512 numbers, and a few of their kind
+    assert stats.kstest(found / n, "uniform").pvalue > P
 
 
 def test_normal_and_uniform_have_their_laws() -> None:

@@ -4,7 +4,8 @@ The training stream is the endless concatenation of permutations: row j of the s
 :math:`j \bmod N` of permutation :math:`\pi(\text{seed}, \lfloor j / N \rfloor)`, and global
 batch b is rows :math:`[bG, (b + 1)G)` of the stream. Rank r of W takes the r-th of W equal parts
 of it. Nothing is dropped, N < G is no special case, and the order is a function of (seed, batches
-seen): a resumed run needs no loader state, and W devices see what one would.
+seen): a resumed run needs no loader state, and W devices see what one would. The permutation is
+a function too and no table: a share of a batch costs the same for 10⁹ rows as for 10⁴.
 """
 
 import itertools
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from pipeline.noise import hashed, mix, permuted
 
 __all__ = ["Draw", "Order", "Pass", "in_rounds"]
 
@@ -31,8 +34,7 @@ class Draw(NamedTuple):
 class Order(Sampler[Draw]):
     """The training order from batch number `start()` on, without end.
 
-    A row's flip and caption come from the generator of its permutation, so they too are a function
-    of (seed, batches seen, place).
+    A row's flip and caption are functions of (seed, place in the stream).
 
     Arguments:
         rows: The number N of rows.
@@ -59,7 +61,6 @@ class Order(Sampler[Draw]):
         self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
         self.rank, self.share, self.flip = rank, batch_size // world, flip
         self.again = again
-        self._epoch = -1
 
     def __len__(self) -> int:
         """How many batches Lightning calls an epoch."""
@@ -71,24 +72,15 @@ class Order(Sampler[Draw]):
     def draw(self, batch: int) -> Draw:
         batch = batch % self.again if self.again else batch
         first = batch * self.batch_size + self.rank * self.share
-        epochs, places = np.divmod(np.arange(first, first + self.share), self.rows)
-        rows, flip = np.empty_like(places), np.zeros(self.share, bool)
-        caption = np.zeros(self.share)
-        for epoch in np.unique(epochs):
+        stream = np.arange(first, first + self.share)
+        epochs, places = np.divmod(stream, self.rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            permutation, mirrored, chosen = (
-                of_epoch[places[here]] for of_epoch in self.permutation(int(epoch))
-            )
-            rows[here], flip[here], caption[here] = permutation, mirrored, chosen
-        return Draw(rows, flip & self.flip, caption, np.ones(self.share, np.float32))
-
-    def permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if epoch != self._epoch:
-            generator = np.random.default_rng((self.seed, epoch))
-            rows, n = generator.permutation(self.rows), self.rows
-            self._now = rows, generator.random(n) < 0.5, generator.random(n)
-            self._epoch = epoch
-        return self._now
+            rows[here] = permuted(places[here], self.rows, "order", self.seed, epoch)
+        flip = hashed(stream, mix("flip", self.seed)) < 2**63 if self.flip else stream < 0
+        caption = (hashed(stream, mix("caption", self.seed)) >> np.uint64(11)) * 2.0**-53
+        return Draw(rows, flip, caption, np.ones(self.share, np.float32))
 
 
 class Pass(Sampler[Draw]):
