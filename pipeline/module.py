@@ -21,7 +21,7 @@ from pipeline.samplers import Sampler
 
 __all__ = ["Diverged", "ScoreModule"]
 
-MOST_FAILED = 20  # steps in a row whose loss is not finite
+MOST_SKIPPED = 20  # steps in a row whose loss or gradient is not finite
 
 
 class Diverged(UserError):
@@ -33,6 +33,9 @@ class ScoreModule(pl.LightningModule):
 
     The noise, the levels and the condition dropout of a step are functions of (seed, batches seen,
     index in the global batch): a resumed run is the same run, and two devices draw what one would.
+
+    A step whose loss or gradient is not finite, on any device, moves nothing; such steps are
+    counted ("train/skipped"), and 20 in a row end the run.
 
     Arguments:
         denoiser: The denoiser that is trained.
@@ -69,7 +72,9 @@ class ScoreModule(pl.LightningModule):
         self.sampler, self.guidance = sampler, guidance
         self.optimizer, self.condition_dropout = optimizer, condition_dropout
         self.warmup, self.seed = warmup, seed
-        self.begun, self.failed = False, torch.zeros((), dtype=torch.int64)
+        self.begun = False
+        self.skipped = torch.zeros(2, dtype=torch.int64)  # steps: in a row until now, and in all
+        self.length = torch.zeros(())  # of the gradient
         self.description: dict[str, Any] = {}  # what checkpoints say of the model
 
     @property
@@ -100,7 +105,7 @@ class ScoreModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Let a run that goes on do so with the optimizer it is told, and count anew."""
-        self.begun, self.failed = True, self.failed.to(self.device)
+        self.begun, self.skipped = True, self.skipped.to(self.device)
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             for group, told, factor in zip(
@@ -118,29 +123,36 @@ class ScoreModule(pl.LightningModule):
         if u is not None and batch.u_null is not None and self.condition_dropout:
             u = u.replaced(batch.u_null, noise.uniform(n) < self.condition_dropout)
         loss = self.objective(self.denoiser, batch.x, u, noise).mean()
-        self.failed = (self.failed + 1) * ~loss.detach().isfinite()  # steps in a row
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.written(self.trainer.global_step + 1):
             self.log("train/loss", loss, prog_bar=True)
-        return loss
+        # 1, or NaN where the loss is not finite: then the gradient is not either, on all devices
+        return loss * (1 + (loss.detach() - loss.detach()))
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.check_finite(MOST_FAILED)
+        if self.written(self.trainer.global_step):
+            self.check_finite()
+            self.log("train/gradient", self.length)
+            self.log("train/skipped", self.skipped[1].float())
 
-    def check_finite(self, most: int) -> None:
-        """End the run where the loss was not finite in so many steps in a row, on any device, or
-        where a weight is not.
+    def written(self, step: int) -> bool:
+        """Whether the loggers are told of this step."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and step % every == 0
+
+    def check_finite(self) -> None:
+        """End the run where so many steps in a row were skipped, or where a weight is not finite.
 
         Raises:
             Diverged: So it is.
         """
         norm = torch.nn.utils.get_total_norm([p.detach() for p in self.denoiser.parameters()])
-        diverged = bool((self.failed >= most) | ~norm.isfinite())
+        diverged = bool((self.skipped[0] >= MOST_SKIPPED) | ~norm.isfinite())
         if self.trainer.strategy.reduce_boolean_decision(diverged, all=False):
             raise Diverged(
-                f"Training has diverged at step {self.trainer.global_step}: the loss or a weight "
-                "is not finite. The checkpoints are of before. Start again with a smaller "
-                "--model.optimizer.lr, or with clipping (--trainer.gradient_clip_val 1)."
+                f"Training has diverged at step {self.trainer.global_step}: a weight, or the loss "
+                f"or gradient of the last {int(self.skipped[0])} steps, is not finite. The "
+                "checkpoints are of before. Start again with a smaller --model.optimizer.lr, or "
+                "with clipping (--trainer.gradient_clip_val 1)."
             )
 
     def reseed(self, seed: int) -> None:
@@ -159,22 +171,30 @@ class ScoreModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        r"""Scale the gradient g to norm c = gradient_clip_val where it is longer.
+        r"""Scale the gradient g to norm c = gradient_clip_val where it is longer, and let no
+        gradient move anything that is not finite.
 
         .. math:: g \leftarrow g \, / \max(1, \|g\| / c)
 
-        A fused optimizer divides by that number while it reads the gradient, and skips the step
-        where the norm is not finite: no pass over the memory of its own, no word to the host.
+        A fused optimizer divides by that number while it reads the gradient, and skips the step by
+        itself: no pass over the memory for it, no word to the host. From another the gradient is
+        taken away, which the host has to know of.
         """
-        fused = optimizer.defaults.get("fused") and gradient_clip_algorithm in (None, "norm")
-        if not fused or gradient_clip_val is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        scaled: Any = optimizer
-        scaled.grad_scale = (norm.float() / gradient_clip_val).clamp(min=1.0)
-        scaled.found_inf = (~norm.isfinite()).float()
+        bad, self.length = ~norm.isfinite(), norm.float()
+        self.skipped = torch.stack(((self.skipped[0] + 1) * bad, self.skipped[1] + bad))
+        told: Any = optimizer
+        fused = optimizer.defaults.get("fused")
+        if fused and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            told.grad_scale = (self.length / gradient_clip_val).clamp(min=1.0)
+        elif gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if fused:
+            told.found_inf = bad.float()
+        elif bad:
+            for p in trained:
+                p.grad = None
 
     def on_validation_epoch_start(self) -> None:
         bands = max(len(self.objective.bands), 1)
@@ -223,6 +243,10 @@ class ScoreModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the model is; a model that has diverged is not saved."""
         if self.begun:
-            self.check_finite(1)
+            self.check_finite()
+        checkpoint["skipped"] = self.skipped.tolist()
         if self.description:
             checkpoint["pipeline"] = self.description
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = torch.tensor(checkpoint.get("skipped", [0, 0]))

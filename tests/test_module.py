@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.module import ScoreModule
 from pipeline.networks import MLP, Network
 from pipeline.noise import Noise
 from pipeline.objectives import DSM, LogNormal
+from pipeline.optimizers import MuonAdamW
 from pipeline.samplers import DDIM
 from pipeline.schedules import Rectified
 
@@ -270,18 +272,66 @@ def test_fused_clipping_is_clipping(length: float) -> None:
     torch.testing.assert_close(*steps, rtol=1e-6, atol=1e-6)  # clip_grad_norm_ adds 1e-6
 
 
-def test_step_with_a_gradient_that_is_not_finite_is_skipped() -> None:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+        lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: MuonAdamW(p, lr=0.1, weight_decay=0.1),
+    ],
+)
+def test_a_step_whose_gradient_is_not_finite_moves_nothing(
+    bad: float, clip: float | None, make: Callable[..., torch.optim.Optimizer]
+) -> None:
+    """And the steps after it are those that would have been without it."""
+    found = []
+    for spoilt in (True, False):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(32, 32)), nn.Parameter(torch.randn(5))]
+        optimizer, made = make(weights), module()
+        made.trainer = pl.Trainer(logger=False, barebones=True)
+        for k in range(4):
+            for p in weights:
+                p.grad = Noise(k, p.ndim).normal(p.detach())
+            if k == 2:
+                before = [p.detach().clone() for p in weights]
+                if not spoilt:
+                    continue
+                weights[1].grad[3] = bad  # type: ignore[index]
+            made.configure_gradient_clipping(optimizer, clip)
+            optimizer.step()
+            if k == 2:
+                assert all(torch.equal(p, q) for p, q in zip(weights, before, strict=True))
+                assert made.skipped.tolist() == [1, 1]
+        assert made.skipped.tolist() == [0, spoilt]
+        found.append(weights)
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_a_loss_that_is_not_finite_spoils_its_gradient_and_another_one_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loss can be infinite where its gradient is not, and then the step is no step either."""
     made = module()
-    weight.grad = torch.tensor([1.0, float("nan"), 1.0])
-    made.configure_gradient_clipping(optimizer, 1.0)
-    optimizer.step()
-    assert torch.equal(weight, torch.ones(3))
-    weight.grad = torch.ones(3)
-    made.configure_gradient_clipping(optimizer, 1.0)
-    optimizer.step()
-    assert (weight < 1).all()
+    monkeypatch.setattr(ScoreModule, "batches_seen", 0)
+    made.trainer = pl.Trainer(logger=False, barebones=True)
+    weight = next(made.parameters())
+    for added in (0.0, torch.inf, torch.nan):
+        monkeypatch.setattr(
+            made,
+            "objective",
+            lambda denoiser, x, u, noise, added=added: weight.sum() * x.new_ones(2) + added,
+        )
+        loss = made.training_step(Batch(torch.zeros(2, 2), None, None, torch.ones(2)), 0)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        expected = torch.ones_like(weight) if added == 0 else weight.new_full((), torch.nan)
+        torch.testing.assert_close(
+            gradient, expected.expand_as(gradient), rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_reseeding_decides_what_layers_draw_and_keeps_nothing() -> None:

@@ -246,6 +246,10 @@ def test_pictures_of_numbers_that_are_not_finite_are_not_made(
     assert "scale 1e+38 is too large" in said and not list(tmp_path.glob("out/*.png"))
 
 
+def test_a_run_that_writes_no_log_trains(tmp_path: Path) -> None:
+    assert launch(tmp_path / "run", "--trainer.log_every_n_steps", "0") == 0
+
+
 # --- signals
 
 

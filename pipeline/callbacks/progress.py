@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from pipeline.distributed import share
+from pipeline.module import ScoreModule
 
 __all__ = ["Progress"]
 
@@ -51,7 +52,7 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: ScoreModule,
         outputs: object,
         batch: object,
         batch_idx: int,
@@ -61,7 +62,7 @@ class Progress(ProgressBar):
             self.bar is None or trainer.global_step == self.bar.n
         ):  # gradients were accumulated only
             return
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore
+        if pl_module.written(trainer.global_step):
             taken = time.perf_counter() - self.since - self.paused
             examples = self.batches * len(batch[0]) * share(trainer)[1]  # type: ignore[index]
             pl_module.log("train/examples_per_s", examples / taken)
