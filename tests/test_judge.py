@@ -89,6 +89,42 @@ def test_it_reads_a_pair_that_it_never_saw(tmp_path: Path) -> None:
     assert judge.adherence(noise, asked, order)["accuracy"]["all"] < 0.3
 
 
+def test_a_label_is_read_by_what_tells_it() -> None:
+    """Of squares, the colour by colours, and by shapes whether they are whole or in pieces."""
+    order, n = np.random.default_rng(0), 400
+    x = np.full((n, 3, 16, 16), 255, np.uint8)
+    colour, pieces = order.integers(0, 4, n), order.integers(0, 2, n)
+    for k in range(n):
+        top, left = order.integers(0, 8, 2)
+        # as many coloured pixels either way
+        step = 2 if pieces[k] else 1
+        x[k, :, top : top + 4 * step : step, left : left + 4 * step : step] = np.array(
+            list(COLOURS.values())[colour[k]]
+        )[:, None, None]
+    labels = {"colour": list(map(str, colour)), "pieces": list(map(str, pieces))}
+    judge = Judge(3, 16, {name: sorted(set(column)) for name, column in labels.items()})
+    room.teach(judge, x, labels)
+    assert judge.by_shapes.tolist() == [False, True]
+    found = right(judge.eval().read(torch.from_numpy(x)), labels)
+    assert found["colour"] == 1 and found["pieces"] > 0.9
+
+
+def test_colours_are_a_ridge_regression() -> None:
+    """Against the normal equations, written out with all features at once."""
+    order, n = np.random.default_rng(0), 50
+    x = order.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
+    truth = {"a": torch.from_numpy(order.integers(0, 3, n))}
+    reader = room.Colours(1, {"a": ["x", "y", "z"]})
+    reader.teach(x, np.arange(n), truth)
+    f = np.stack([np.bincount(p.ravel() // 16, minlength=16) / 64 for p in x]) ** 0.5
+    e = np.eye(3)[truth["a"]]
+    f0, e0 = f - f.mean(0), e - e.mean(0)
+    gram = f0.T @ f0
+    w = np.linalg.solve(gram + np.trace(gram) / 16 * np.eye(16), f0.T @ e0)
+    logits = reader(torch.from_numpy(x))["a"].detach().numpy()
+    np.testing.assert_allclose(logits, f0 @ w + e.mean(0), atol=1e-5)  # float32 weights
+
+
 def test_it_is_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = judge_of(data(tmp_path))
     (file,) = (tmp_path / "cache/judges").iterdir()
