@@ -191,8 +191,13 @@ class Experiment:
             with suppress(OSError):
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
 
-    def open_run(self, trainer: pl.Trainer, command: str, goes_on: bool = False) -> None:
+    def open_run(self, trainer: pl.Trainer, command: str, step: int | None = None) -> None:
         """Take the run's folder, and write down how the run was made.
+
+        Arguments:
+            trainer: Gets the loggers.
+            command: What the run was told.
+            step: The steps behind a run that goes on in its own folder.
 
         Raises:
             UserError: It cannot be written to, or holds a run.
@@ -201,14 +206,14 @@ class Experiment:
             if not self.run.exists():
                 self.made.append(self.run)
             self.run.mkdir(parents=True, exist_ok=True)
-            self.made.append(claim(self.run, self.text, goes_on))
+            self.made.append(claim(self.run, self.text, step is not None))
         except OSError as error:
             raise UserError(
                 f"--run {self.run} cannot be written to: {error.strerror}; name another folder."
             ) from error
         if self.logs:
             about: dict[str, Any] = self.told | {"command": command}
-            trainer.loggers = loggers(self.run, self.plan.arguments["project"], about)
+            trainer.loggers = loggers(self.run, self.plan.arguments["project"], about, step or 0)
         print(f"Writing to {self.run}", file=sys.stderr)
 
 

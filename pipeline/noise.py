@@ -103,7 +103,7 @@ class Noise:
         rows: tuple[int, int] | None = None,
     ) -> None:
         self.key, self.device, self.rows = key, torch.device(device), rows
-        self.generators: dict[tuple[int, ...], torch.Generator] = {}
+        self.streams: dict[tuple[int, ...], torch.Generator] = {}
         self.spreads = 0
 
     def _draw(self, draw: Callable[..., Tensor], n: int, *shape: int, **kind: Any) -> Tensor:
@@ -119,10 +119,10 @@ class Noise:
         return torch.cat(blocks)[start - first * BLOCK :][:n]
 
     def _generator(self, *block: int) -> torch.Generator:
-        if block not in self.generators:
+        if block not in self.streams:
             made = torch.Generator(self.device).manual_seed(mix(*self.key, *block))
-            self.generators[block] = made
-        return self.generators[block]
+            self.streams[block] = made
+        return self.streams[block]
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers with the shape (B, *), type and device of another tensor."""

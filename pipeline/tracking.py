@@ -2,21 +2,24 @@
 otherwise.
 """
 
+import csv
 import os
 import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.files import whole
+
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger, WandbLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 __all__ = ["loggers"]
 
 PATIENCE = 30  # seconds that a server has to answer in
 
 
-def loggers(run: Path, project: str, config: dict[str, Any]) -> "list[Logger]":
+def loggers(run: Path, project: str, config: dict[str, Any], step: int = 0) -> "list[Logger]":
     """The loggers of a run.
 
     `WANDB_MODE` is obeyed where it is set ("online", "offline", "disabled"). A resumed run
@@ -27,16 +30,47 @@ def loggers(run: Path, project: str, config: dict[str, Any]) -> "list[Logger]":
         run: The run's folder.
         project: The W&B project.
         config: All that is to be known about the run; it is written into each logger.
+        step: The steps that the run has behind it.
     """
-    from lightning.pytorch.loggers import CSVLogger
-
-    found: list[Logger] = [CSVLogger(run, name="csv")]
+    found: list[Logger] = [_csv(run, step)]
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     if mode != "disabled":
         found.append(_wandb(run, project, mode))
     for logger in found:
         logger.log_hyperparams(config)
     return found
+
+
+def _csv(run: Path, step: int) -> "CSVLogger":
+    """The table of a run, `csv/metrics.csv`, gone on with: Lightning's own begins another one.
+    What was written after the checkpoint that the run goes on from will be written again.
+    """
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+    class Writer(ExperimentWriter):
+        def _check_log_dir_exists(self) -> None:
+            """Nothing is deleted."""
+
+    logger = CSVLogger(run, name="csv", version="", flush_logs_every_n_steps=1)
+    logger._experiment = writer = Writer(logger.log_dir)
+    file = Path(writer.metrics_file_path)
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as opened:
+            table = csv.DictReader(opened)
+            rows = [row for row in table if before(row, step)]
+        writer.metrics_keys = list(table.fieldnames or [])
+        with whole(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+            kept = csv.DictWriter(opened, writer.metrics_keys)
+            kept.writeheader()
+            kept.writerows(rows)
+    return logger
+
+
+def before(row: dict[str, Any], step: int) -> bool:
+    """Whether a row is whole and was written before a step."""
+    number = row.get("step") or ""
+    return number.isdigit() and int(number) < step and None not in row.values()
 
 
 def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":

@@ -1,5 +1,6 @@
 """A run's folder, its checkpoints, and how it goes on."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -205,6 +206,53 @@ def test_the_best_stays_the_best_where_the_folder_moves(run: Path, tmp_path: Pat
     moved = folder.rename(tmp_path / "moved")
     assert main(["fit", "--resume", str(moved), "--trainer.max_steps", "6"]) == 0
     assert (moved / "best.ckpt").read_bytes() == best and not folder.exists()
+
+
+# --- the same command, again and again
+
+
+def test_one_command_begins_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped three times, where a validation was due and where none was, and once more after the
+    end: the run is the one that was not stopped, sheets and best weights included, in one table.
+    """
+    log = ["--trainer.logger", "null"]
+    assert launch(tmp_path / "whole", *log, steps=7) == 0
+    auto = [*log, "--resume", "auto"]
+    for batch in (2, 4, 5):
+        assert launch(tmp_path / "run", *auto, callbacks=stop_at(batch), steps=7) == 130
+    for _ in range(2):
+        assert launch(tmp_path / "run", *auto, steps=7) == 0
+    tables = []
+    for name in ("last.ckpt", "best.ckpt"):
+        both = [torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "run")]
+        for key in ("state_dict", "averages", "optimizer_states", "global_step"):
+            assert equal(both[0][key], both[1][key]), (name, key)
+    for name in ("whole", "run"):
+        with (tmp_path / name / "csv/metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        tables.append([{k: v for k, v in r.items() if k != "train/examples_per_s"} for r in rows])
+    assert [row["step"] for row in tables[0] if row["train/loss"]] == [str(k) for k in range(7)]
+    assert [row["step"] for row in tables[0] if row["val/loss"]] == ["2", "5"]
+    assert tables[0] == tables[1]
+    sheets = [contents(tmp_path / name / "sheets") for name in ("whole", "run")]
+    assert len(sheets[0]) == 2 and sheets[0] == sheets[1]
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert launch(folder, "--resume", "auto") == 0
+    before = read(folder)
+    (folder / "last.ckpt").unlink()
+    (folder / "before.ckpt").unlink(missing_ok=True)
+    assert launch(folder, "--resume", "auto") == 0
+    assert equal(before["state_dict"], read(folder)["state_dict"])
+
+
+def test_auto_wants_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["fit", "-c", "conf/experiment/shapes.yaml", "--resume", "auto"], capsys)
+    assert "--run FOLDER" in said
 
 
 # --- numbers that are not finite

@@ -36,7 +36,8 @@ class Last(Checkpoint):
     SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 only set a flag. It is read after an optimizer
     step, every `agree` steps where there are several devices, so that all of them stop at the same
     one; the checkpoint is written and `Stopped` is raised. A second Ctrl-C stops at once, and the
-    checkpoint is the one before.
+    checkpoint is the one before. A validation that was due at that step is made up for when the
+    run goes on.
 
     A checkpoint is replaced when the new one is whole and on the disk, and the one before is kept
     as `before.ckpt`.
@@ -50,9 +51,18 @@ class Last(Checkpoint):
         self.seconds, self.agree = 60 * minutes, agree
         self.signum = 0
         self.before: dict[int, object] = {}
+        self.stopped: Stopped | None = None
+        self.validate = False  # whether a validation is due at the step of the checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validate": self.validate}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validate = state_dict["validate"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signum, self.step, self.written = 0, trainer.global_step, time.monotonic()
+        self.stopped = None
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             self.before[signum] = signal.signal(signum, self._ask)
 
@@ -79,9 +89,30 @@ class Last(Checkpoint):
             due = trainer.strategy.broadcast(due)
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if due or stop:
+            loop = trainer.fit_loop.epoch_loop
+            self.validate = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore
             self._save(trainer)
-        if stop:
-            raise Stopped(self.signum or signal.SIGTERM, trainer.global_step, self._path(trainer))
+            self.validate = False
+        if stop and self.step != trainer.max_steps:  # else the run ends by itself
+            signum = self.signum or signal.SIGTERM
+            self.stopped = Stopped(signum, trainer.global_step, self._path(trainer))
+
+    # the step is written down before any of these comes
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        self._stop()
+        if self.validate:  # the run goes on
+            self.validate = False
+            validate(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.stopped is not None:
+            raise self.stopped
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
@@ -111,6 +142,19 @@ class Last(Checkpoint):
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state and callback.dirpath:
                 move(state, str(callback.dirpath))
+
+
+def validate(trainer: pl.Trainer) -> None:
+    """A validation at the step that the run goes on from, as it would have been there: Lightning
+    takes it for done.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    first = trainer._logger_connector._first_loop_iter
+    trainer.validating, loop.val_loop.restarting = True, False
+    loop._batches_that_stepped -= 1  # what loggers call the step; it is counted up after
+    loop.val_loop.run()
+    loop._batches_that_stepped += 1
+    trainer.training, trainer._logger_connector._first_loop_iter = True, first
 
 
 def keep(path: Path, before: Path) -> None:

@@ -12,7 +12,8 @@ SUMMARY = "train a model from a YAML experiment"
 FREE = ("",)  # options: any key of an experiment
 USAGE = """\
 python -m pipeline fit -c EXPERIMENT.yaml [--KEY VALUE ...]
-       python -m pipeline fit --resume RUN [--KEY VALUE ...]"""
+       python -m pipeline fit --resume RUN [--KEY VALUE ...]
+       python -m pipeline fit -c EXPERIMENT.yaml --run FOLDER --resume auto [--KEY VALUE ...]"""
 DESCRIPTION = """\
 Train a conditional score network. Everything is set by the YAML of an experiment, and any part of
 it by the command line."""
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="RUN",
         help="go on with a stopped run, for example runs/shapes/20260102-030405, as if it had not "
-        "stopped",
+        "stopped; 'auto': with the one in --run FOLDER, which is begun where there is none, so "
+        "that one command serves the first time and every other",
     )
     parser.add_argument(
         "--run", metavar="FOLDER", help="where to write (default: runs/EXPERIMENT/TIME)"
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     """Train, and say how to go on when asked to stop. Returns the exit code."""
     files, folder, start = resumed(args)
+    goes_on, step = args.resume == "auto", 0
     from pipeline.callbacks import Stopped
     from pipeline.checkpoint import Checkpoint
     from pipeline.experiment import Experiment, keep_memory, quiet
@@ -68,10 +71,11 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             checkpoint = Checkpoint(start)
             experiment.check_start(model, checkpoint)
             start = str(checkpoint.path)  # the one before, where the newest is torn
+            goes_on |= checkpoint.path.resolve().parent == experiment.run.resolve()
+            step = checkpoint.content["global_step"]
             del checkpoint
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            own = start is not None and Path(start).resolve().parent == experiment.run.resolve()
-            experiment.open_run(trainer, line, goes_on=own)
+            experiment.open_run(trainer, line, step if goes_on else None)
         made = quote(str(experiment.run))
         trainer.fit(model, datamodule=experiment.data, ckpt_path=start, weights_only=True)
     except Stopped as stopped:
@@ -115,6 +119,15 @@ def resumed(args: argparse.Namespace) -> tuple[list[str], str | None, str | None
     from pipeline.checkpoint import BEFORE, LAST
     from pipeline.experiment import CONFIG, newest_config
 
+    if args.resume == "auto":
+        if args.run is None:
+            raise UserError(
+                "--resume auto goes on with the run in --run FOLDER, or begins it there: name the "
+                "folder."
+            )
+        held = [Path(args.run) / name for name in (LAST, BEFORE)]
+        start = args.ckpt_path if not any(file.is_file() for file in held) else str(held[0])
+        return args.config, args.run, start
     run = Path(args.resume)
     for names in ((CONFIG,), (LAST, BEFORE)):
         if not any((run / name).is_file() for name in names):
