@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, code_of
 
 __all__ = ["main"]
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         signum = stop.args[0] if stop.args else signal.SIGINT
         print(f"\nStopped by {signal.Signals(signum).name}.", file=sys.stderr)
-        return 128 + signum
+        return code_of(signum)
 
 
 def asked(signum: int, frame: object) -> NoReturn:

@@ -18,7 +18,9 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -135,7 +137,8 @@ class Experiment:
         """The model and the trainer."""
         self.check()
         found = self.plan.arguments
-        if self.chosen and not found["trainer"].arguments.get("fast_dev_run"):
+        first = not _get_rank()  # by the variables of torchrun and SLURM: no group is there yet
+        if self.chosen and first and not found["trainer"].arguments.get("fast_dev_run"):
             self.run = new_run(self.run)
             self.made.append(self.run)
             os.environ["PIPELINE_RUN"] = str(self.run)
@@ -150,6 +153,7 @@ class Experiment:
         plugins = make(given.get("plugins")) or []
         own["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), *own_plugins()]
         trainer: pl.Trainer = make(found["trainer"]._replace(arguments=given | own))
+        trainer.callbacks.insert(0, OneFolder())  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if silent and isinstance(callback, ProgressBar):
                 callback.disable()
@@ -260,6 +264,16 @@ def newest_config(run: Path) -> Path:
     return max(numbered, key=lambda f: int(f.stem.partition("-")[2]), default=run / CONFIG)
 
 
+class OneFolder(pl.Callback):
+    """All processes of a run write where the first one does: each has named a folder by its own
+    clock.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        told: Any = trainer
+        told._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)
+
+
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints that appear whole or not at all, written beside their place and not in TMPDIR,
     which may be on another disk.
@@ -277,10 +291,15 @@ class WholeFiles(TorchCheckpointIO):
 def own_plugins() -> list[Any]:
     """What a trainer is given beside what it is told."""
     several = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
-    if "SLURM_NTASKS" in os.environ and not several and not TorchElasticEnvironment.detect():
-        # a job's variables, but not one task for each device: Lightning starts its own processes
-        return [WholeFiles(), LightningEnvironment()]
-    return [WholeFiles()]
+    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect():
+        return [WholeFiles()]
+    if several:
+        try:
+            return [WholeFiles(), SLURMEnvironment(auto_requeue=False)]  # docker/slurm.sbatch does
+        except RuntimeError as error:  # such as --ntasks without --ntasks-per-node
+            raise UserError(str(error)) from error
+    # a job's variables, but not one task for each device: Lightning starts its own processes
+    return [WholeFiles(), LightningEnvironment()]
 
 
 def keep_memory() -> None:

@@ -1,5 +1,6 @@
 """The same run on one device and on two."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,26 @@ def test_a_batch_that_cannot_be_shared_is_one_sentence(tmp_path: Path) -> None:
     done = two(tmp_path / "run", "--data.batch_size", "7")
     assert done.returncode != 0
     assert "data.batch_size is 7" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_write_into_one_folder(tmp_path: Path) -> None:
+    """Each names it by its own clock, and the one that comes first is not the first one."""
+    args = command(tmp_path / "unused", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    args = args[: args.index("--run")] + args[args.index("--run") + 2 :]
+    late = "import os, sys, time; time.sleep(2 * (os.environ['RANK'] == '0'))\n"
+    late += "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))\n"
+    (tmp_path / "late.py").write_text(late)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    env = {k: v for k, v in os.environ.items() if k != "PIPELINE_RUN"}
+    done = subprocess.run(
+        [*torchrun, "--standalone", "late.py", *args],
+        cwd=tmp_path,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = tmp_path.glob("runs/*/*")
+    assert read(run)["global_step"] == 6 and len(list(run.glob("sheets/*.png"))) == 2

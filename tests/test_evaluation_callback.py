@@ -38,7 +38,7 @@ def callbacks(folder: Path, share: float) -> list[dict[str, Any]]:
 
 def logged(run: Path) -> list[dict[str, float]]:
     """The scores that were written down, one for each validation that was scored."""
-    (file,) = run.glob("csv/*/metrics.csv")
+    (file,) = run.glob("csv/metrics.csv")
     rows = [
         {name[5:]: float(value) for name, value in row.items() if name[:5] == "eval/" and value}
         for row in csv.DictReader(file.open())

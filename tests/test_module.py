@@ -51,18 +51,19 @@ def test_another_seed_another_run(whole: Path, tmp_path: Path) -> None:
 
 
 class StopAt(pl.Callback):
-    """Sends the signal of Ctrl-C while a given batch is worked on."""
+    """Sends a signal, by default that of Ctrl-C, while a given batch is worked on."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, signum: int | None = None) -> None:
+        self.batch, self.signum = batch, signum
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.signum or signal.SIGINT)
 
 
-def stop_at(batch: int) -> list[dict[str, Any]]:
-    return [*CALLBACKS, {"class_path": "test_module.StopAt", "init_args": {"batch": batch}}]
+def stop_at(batch: int, signum: int | None = None) -> list[dict[str, Any]]:
+    how = {"batch": batch, "signum": signum}
+    return [*CALLBACKS, {"class_path": "test_module.StopAt", "init_args": how}]
 
 
 @pytest.mark.parametrize("batch", [0, 2, 3])  # the first; just before a validation; just after

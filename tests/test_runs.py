@@ -17,6 +17,7 @@ from tiny import CALLBACKS, ROOT, command, equal, fit, launch, read
 from pipeline.callbacks import Last
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
+from pipeline.errors import UserError
 from pipeline.experiment import Experiment, WholeFiles, new_run, newest_config, own_plugins
 
 
@@ -307,17 +308,18 @@ def test_a_signal_leaves_a_checkpoint(
 ) -> None:
     monkeypatch.setattr("test_module.signal.SIGINT", signum)  # what StopAt sends
     run = tmp_path / "run"
-    assert launch(run, callbacks=stop_at(2)) == 128 + signum
+    assert launch(run, callbacks=stop_at(2)) == (129 if signum == signal.SIGHUP else 143)
     assert read(run)["global_step"] == 3
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("door", ["generate", "fit"])
 def test_a_signal_before_anything_is_made_is_said(
-    door: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    door: str, signum: signal.Signals, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def stop(*_: object, **__: object) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
 
     if door == "generate":
         monkeypatch.setattr("pipeline.generator.Generator.draw", stop)
@@ -325,8 +327,9 @@ def test_a_signal_before_anything_is_made_is_said(
     else:
         monkeypatch.setattr("pipeline.data.DataModule.prepare_data", stop)
         args = command(tmp_path / "run")
-    assert main(args) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert "Stopped by SIG" in capsys.readouterr().err
+    assert main(args) == 143
+    assert f"Stopped by {signum.name}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_last_keeps_no_handlers(tmp_path: Path) -> None:
@@ -349,7 +352,40 @@ def test_variables_of_a_job_do_not_break_a_plain_run(
     assert [type(plugin).__name__ for plugin in own_plugins()][1:] == ["LightningEnvironment"]
     fit(tmp_path / "run", steps=1)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun has started one for each device
-    assert len(own_plugins()) == 1
+    with pytest.raises(UserError, match="--ntasks-per-node=4"):
+        own_plugins()
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    assert [type(plugin).__name__ for plugin in own_plugins()][1:] == ["SLURMEnvironment"]
+    assert own_plugins()[1].auto_requeue is False
+
+
+def test_a_job_that_is_preempted_goes_back_into_the_queue_and_ends(tmp_path: Path) -> None:
+    """The batch script, with programs of these names that do as SLURM's do."""
+    stand_ins = {
+        "make": "exit 0",  # the environment is there
+        "srun": f'shift 2; exec "{sys.executable}" "$@"',  # its option, and the venv's Python
+        "scontrol": f'echo "$@" >> "{tmp_path}/scontrol"',
+    }
+    for name, does in stand_ins.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "mine", "SLURM_NTASKS": "1"}
+    job |= {"SLURM_JOB_NUM_NODES": "1", "RUN": str(tmp_path / "job" / "run")}
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    env = os.environ | job | {"PYTHONPATH": paths, "WANDB_MODE": "disabled"}
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
+    env.pop("PIPELINE_RUN", None)
+    told = command(tmp_path / "job" / "run", callbacks=stop_at(2, int(signal.SIGUSR1)))
+    told = told[1 : told.index("--run")] + told[told.index("--run") + 2 :]  # but for `fit`
+    codes = [
+        subprocess.run(["sh", "docker/slurm.sbatch", *told], cwd=ROOT, env=env).returncode
+        for _ in range(3)
+    ]
+    assert codes == [143, 0, 0]  # stopped; gone on with; nothing left to do
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    ended = read(tmp_path / "job" / "run")
+    assert equal(ended["state_dict"], read(fit(tmp_path / "whole" / "run"))["state_dict"])
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from pipeline.doors.shared import add_configuration, say_configuration
-from pipeline.errors import UserError
+from pipeline.errors import UserError, code_of
 
 SUMMARY = "train a model from a YAML experiment"
 FREE = ("",)  # options: any key of an experiment
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             f"Draw with:   python -m pipeline generate --checkpoint {made}",
             file=sys.stderr,
         )
-        return 128 + stopped.signum
+        return code_of(stopped.signum)
     except BaseException as error:
         experiment.give_back()
         told = said(error)
@@ -108,8 +108,13 @@ def said(error: BaseException) -> BaseException:
             f"The memory of the device does not hold a step ({reason[:100]}): make "
             "--data.batch_size smaller, and add --trainer.accumulate_grad_batches 2."
         )
-    # Lightning's answer to Ctrl-C while it sets up, and to a second one
-    return KeyboardInterrupt() if isinstance(error, SystemExit) else error
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        # Lightning's answer to being asked while it sets up, and to a second Ctrl-C
+        asked: BaseException | None = error
+        while asked is not None and not (isinstance(asked, KeyboardInterrupt) and asked.args):
+            asked = asked.__cause__ or asked.__context__
+        return asked or KeyboardInterrupt()
+    return error
 
 
 def resumed(args: argparse.Namespace) -> tuple[list[str], str | None, str | None]:
