@@ -84,6 +84,11 @@ class Progress(ProgressBar):
         if self.bar is not None:
             self.bar.close()
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def print(self, *args: object, **kwargs: object) -> None:
         """Write a line without breaking the bar."""
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
