@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from pipeline.errors import UserError
 
-__all__ = ["first", "gather", "in_turn", "join", "place", "share", "total"]
+__all__ = ["barrier", "first", "gather", "in_turn", "join", "place", "share", "total"]
 
 T = TypeVar("T")
 
@@ -69,18 +69,24 @@ def first(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if place()[1] > 1:
+        distributed.barrier()
+
+
 def in_turn(make: Callable[[], T]) -> T:
     """What this process makes, after the first process has made its own: so that the others find
     what the first wrote down. Every process has to call it.
     """
-    rank, world = place()
-    if world > 1 and rank > 0:
-        distributed.barrier()
+    rank, _ = place()
+    if rank > 0:
+        barrier()
     try:
         return make()
     finally:
-        if world > 1 and rank == 0:
-            distributed.barrier()
+        if rank == 0:
+            barrier()
 
 
 def gather(rows: Tensor) -> Tensor:

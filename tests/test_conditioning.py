@@ -1,6 +1,8 @@
 import importlib.util
 import json
+import pickle
 import shutil
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -474,16 +476,16 @@ def test_each_distinct_prompt_is_embedded_once(folders: dict[str, Path], tmp_pat
     assert index.tolist() == [0, 1, 0, 2, 1, 3] and index.dtype == torch.int64
     assert same(table[index], encoder.embed(REPEATED))
     again, index = embed_distinct(counting, REPEATED, cache)
-    assert len(counting.seen) == 4 and same(again, table)  # read, not computed
+    assert len(counting.seen) == 4 and same(again.dense(), table.dense())  # read, not computed
     assert index.tolist() == [0, 1, 0, 2, 1, 3]
     uncached, _ = embed_distinct(counting, REPEATED, None)
-    assert len(counting.seen) == 8 and same(uncached, table)
+    assert len(counting.seen) == 8 and same(uncached.dense(), table.dense())
 
 
 def test_cached_table_needs_no_network(folders: dict[str, Path], tmp_path: Path) -> None:
     table, _ = embed_distinct(TextEncoder(str(folders["bert"])), REPEATED, tmp_path)
     encoder = TextEncoder(str(folders["bert"]))
-    assert same(embed_distinct(encoder, REPEATED, tmp_path)[0], table)
+    assert same(embed_distinct(encoder, REPEATED, tmp_path)[0].dense(), table.dense())
     assert not {"_model", "_tokenizer", "_config"} & set(vars(encoder))
 
 
@@ -499,43 +501,36 @@ def test_cache_tells_encoders_and_values_apart(folders: dict[str, Path], tmp_pat
 
 def test_corrupt_table_is_made_anew(folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = TextEncoder(str(folders["bert"]))
-    table, _ = embed_distinct(encoder, REPEATED, tmp_path)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
+    table = embed_distinct(encoder, REPEATED, tmp_path)[0].dense()
+    (file,) = tmp_path.glob("*/*")
+    whole, tensors = file.read_bytes(), load_file(file)
     flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     embed_distinct(encoder, ["other"] * 2 + REPEATED[1:2] + ["a", "b"], tmp_path)
-    (other,) = set(tmp_path.iterdir()) - {file}
+    (other,) = set(tmp_path.glob("*/*")) - {file}
     another = other.read_bytes()  # of as many rows
-    other.unlink()
-    unsealed, foreign = save({"tokens": table.tokens}), save({"x": table.tokens})
-    for spoilt in (whole[:-7], b"", flipped, another, unsealed, foreign):
+    shutil.rmtree(other.parent)
+    unsealed, foreign = save(tensors), save({"x": tensors["tokens"]})
+    doubles = save(tensors | {"tokens": tensors["tokens"].double()})
+    for spoilt in (whole[:-7], b"", flipped, another, unsealed, foreign, doubles):
         file.write_bytes(spoilt)
         with pytest.warns(UserWarning, match=f"{file} are made anew"):
-            assert same(embed_distinct(encoder, REPEATED, tmp_path)[0], table)
+            assert same(embed_distinct(encoder, REPEATED, tmp_path)[0].dense(), table)
         assert file.read_bytes() == whole
-
-
-def test_table_of_another_shape_is_made_anew(tmp_path: Path) -> None:
-    table, _ = embed_distinct(Classes(["a", "b"]), ["a", "b"], tmp_path)
-    (file,) = tmp_path.iterdir()
-    save_file({"tokens": table.tokens[:1].double()}, file)
-    with pytest.warns(UserWarning, match=r"float64, \(1, 1, 2\)"):
-        embed_distinct(Classes(["a", "b"]), ["a", "b"], tmp_path)
 
 
 def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="could not be kept"):
         table, _ = embed_distinct(Classes(["a", "b"]), ["b", "b"], tmp_path / "file")
-    assert table.tokens.tolist() == [[[0.0, 1.0]]]
+    assert table.dense().tokens.tolist() == [[[0.0, 1.0]]]
 
 
 def test_tables_may_be_made_at_once(tmp_path: Path) -> None:
     classes, values = Classes([str(i) for i in range(300)]), list(range(300))
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: embed_distinct(classes, values, tmp_path)[0], range(16)))
-    assert all(same(table, made[0]) for table in made)
-    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+    assert all(same(table.dense(), made[0].dense()) for table in made)
+    assert [file.suffix for file in tmp_path.glob("*/*")] == [".safetensors"]
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor, list])
@@ -579,5 +574,109 @@ def test_planes_and_tokens_are_kept(parts: tuple[str, ...], tmp_path: Path) -> N
         table, index = embed_distinct(counting, values, tmp_path)
         assert len(table) == 2 and same(table[index], Made(*parts).embed(values))
     assert counting.seen == [3.0, 1.0]
-    (file,) = tmp_path.iterdir()
-    assert set(load_file(file)) == set(parts)
+    (file,) = tmp_path.glob("*/*")
+    assert set(load_file(file)) == {*parts, "lengths"}
+
+
+# --- many of them
+
+
+class Words(Conditioning):
+    """A number of one to seven digits → as many tokens, each its digit and 1."""
+
+    dim, calls = 2, 0
+
+    def embed(self, values: Sequence[int]) -> Condition:
+        self.calls += 1
+        u = torch.zeros(len(values), max(len(str(v)) for v in values), 2)
+        for row, value in zip(u, values, strict=True):
+            row[: len(str(value)), 0] = torch.tensor([float(digit) for digit in str(value)])
+            row[: len(str(value)), 1] = 1
+        return Condition(u)
+
+    def null(self) -> Condition:
+        return Condition(torch.zeros(1, 1, 2))
+
+    def fingerprint(self) -> str:
+        return "words"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.conditioning.cache.ROWS", 8)
+
+
+def test_shards_make_one_table(small: None, tmp_path: Path) -> None:
+    values = [7**k % 1009 for k in range(100)]
+    for cache, calls in ((tmp_path, 13), (tmp_path, 0), (None, 13)):
+        words = Words()
+        table, index = embed_distinct(words, values, cache)
+        distinct = list(dict.fromkeys(values))
+        assert words.calls == calls
+        assert len(table) == len(distinct) == 100 and table.longest == 4
+        assert same(table.dense(), Words().embed(distinct))
+        assert table.nbytes == table.dense().nbytes
+        rows = torch.tensor([99, 0, 5, 5, 64, 7, 8])
+        assert same(table[rows], Words().embed([distinct[k] for k in rows]).padded(4))
+        assert same(pickle.loads(pickle.dumps(table))[rows], table[rows])
+    # without padding: of the tokens alone
+    tokens = sum(len(load_file(file)["tokens"]) for file in tmp_path.glob("*/*"))
+    assert tokens == sum(len(str(value)) for value in values)
+
+
+def test_a_kill_loses_one_shard(small: None, tmp_path: Path) -> None:
+    class Killed(Words):
+        def embed(self, values: Sequence[int]) -> Condition:
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            return super().embed(values)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_distinct(Killed(), range(100), tmp_path)
+    assert len(list(tmp_path.glob("*/*"))) == 5
+    words = Words()
+    table, _ = embed_distinct(words, range(100), tmp_path)
+    assert words.calls == 13 - 5 and same(table.dense(), Words().embed(range(100)))
+    file = sorted(tmp_path.glob("*/*"))[3]
+    file.write_bytes(file.read_bytes()[:-1])
+    words = Words()
+    with pytest.warns(UserWarning, match="made anew"):
+        embed_distinct(words, range(100), tmp_path)
+    assert words.calls == 1
+
+
+def test_a_table_on_the_disk_travels_as_its_files(small: None, tmp_path: Path) -> None:
+    table, _ = embed_distinct(Words(), range(5000), tmp_path)
+    per_file = len(pickle.dumps(table)) / len(table.shards)
+    assert per_file < 200  # a path, and none of the 8 values
+
+
+def test_processes_share_the_shards_out(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of them, one after the other at each barrier: each makes a third."""
+    room, world = "pipeline.conditioning.cache", 3
+    gate, made = threading.Barrier(world), []
+
+    def work(rank: int) -> None:
+        words, here.rank = Words(), rank
+        table, _ = embed_distinct(words, range(100), tmp_path)
+        made.append((words.calls, table.dense()))
+
+    here = threading.local()
+    monkeypatch.setattr(f"{room}.place", lambda: (here.rank, world))
+    monkeypatch.setattr(f"{room}.barrier", gate.wait)
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(work, range(world)))
+    assert sorted(calls for calls, _ in made) == [4, 4, 5]
+    assert all(same(table, Words().embed(range(100))) for _, table in made)
+
+
+def test_processes_without_a_disk_make_all_of_it(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, words = "pipeline.conditioning.cache", Words()
+    monkeypatch.setattr(f"{room}.place", lambda: (1, 3))
+    monkeypatch.setattr(f"{room}.barrier", lambda: None)
+    table, _ = embed_distinct(words, range(100), None)
+    assert words.calls == 13 and same(table.dense(), Words().embed(range(100)))

@@ -6,7 +6,9 @@ nothing else, and says by a fingerprint which conditioning it was trained with.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from pipeline.building import Part
 from pipeline.condition import Condition
@@ -35,6 +37,10 @@ class Conditioning(Part, ABC):
         """The conditions of N values, float32 on the CPU; tokens are padded with zeros to the
         longest of this call.
         """
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """Computes on `device` from now on, where it computes anything."""
+        return self
 
     @abstractmethod
     def null(self) -> Condition:

@@ -149,7 +149,7 @@ class TextEncoder(Conditioning):
         # what is made in inference mode could not be an input of training
         with torch.inference_mode(False), torch.no_grad():
             u = torch.zeros(len(tokens), length, self.dim, dtype=torch.float32, device="cpu")
-            for rows in _progress(_groups(tokens), len(tokens)):
+            for rows in _groups(tokens):
                 hidden = self._hidden([tokens[i] for i in rows])
                 u[rows, : hidden.shape[1]] = hidden
         return Condition(u)  # (N, L, E)
@@ -247,15 +247,6 @@ def _groups(tokens: list[list[int]]) -> list[list[int]]:
         by_length[len(ids)].append(i)
     by_length.pop(0, None)  # a tokenizer without start and end tokens makes nothing of ""
     return [same[k : k + ROWS] for same in by_length.values() for k in range(0, len(same), ROWS)]
-
-
-def _progress(groups: list[list[int]], n_prompts: int) -> Iterator[list[int]]:
-    from tqdm import tqdm
-
-    with tqdm(total=n_prompts, desc="Embedding prompts", disable=n_prompts <= 1000) as bar:
-        for rows in groups:
-            yield rows
-            bar.update(len(rows))
 
 
 def _check_strings(prompts: Sequence[str]) -> None:

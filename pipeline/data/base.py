@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.building import Part
 from pipeline.codec import Codec
 from pipeline.condition import U, mirror
-from pipeline.conditioning import Conditioning, embed_distinct, hashable
+from pipeline.conditioning import Conditioning, Table, embed_distinct, hashable
 from pipeline.data.order import Draw, Order, Pass, in_rounds
 from pipeline.distributed import share
 from pipeline.errors import UserError
@@ -99,7 +99,9 @@ class Rows(Dataset):
         table: The K distinct conditions, if they are to be gathered here and not on the device.
     """
 
-    def __init__(self, x: np.ndarray, index: Index | None = None, table: U = None) -> None:
+    def __init__(
+        self, x: np.ndarray, index: Index | None = None, table: Table | None = None
+    ) -> None:
         self.x, self.index, self.table = x, index, table
 
     def __len__(self) -> int:
@@ -152,7 +154,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         cache_dir: Where decoded pictures and embeddings are kept; by default
             `~/.cache/conditional-pipeline`.
         table_gib: Up to this size, the table of distinct embeddings is moved to the device; above,
-            the loader gathers from it.
+            the loader gathers from the disk.
     """
 
     splits = ("train", "val")
@@ -176,7 +178,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         self.cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.table_gib = table_gib
         self._rows: dict[str, Source] = {}
-        self._table: U = None
+        self._table: Table | None = None
         self._index: dict[str, Index] = {}
         self._on_device: dict[torch.device, tuple[U, U]] = {}
 
@@ -255,20 +257,19 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return None
 
     def prepare_data(self) -> None:
-        """Decodes and embeds, once per node."""
+        """Decodes, once per node."""
         for split in self.splits:
             self.rows(split)
-        self.embed()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens what `prepare_data` made."""
+        """Opens what `prepare_data` made, and embeds: all processes together."""
         for split in self.splits:
             self.rows(split)
         if self._table is None:
             self.embed()
 
     def embed(self) -> None:
-        """One table (K, L, E) for all splits, and every row's index into it."""
+        """One table for all splits, and every row's index into it."""
         if self.conditioning is None:
             return
         sources = [self.rows(split) for split in self.splits]
@@ -277,7 +278,10 @@ class DataModule(Part, L.LightningDataModule, ABC):
         self.learn()
         every = [source.every() for source in sources]
         flat = [value for of_split in every for values in of_split for value in values]
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        self.conditioning.to(device)
         self._table, index = embed_distinct(self.conditioning, flat, self.cache / "embeddings")
+        self.conditioning.to("cpu")  # the device's memory is for the training
         counts = [torch.tensor([0, *map(len, of_split)]) for of_split in every]
         parts = index.split([int(count.sum()) for count in counts])
         for split, rows, count in zip(self.splits, parts, counts, strict=True):
@@ -349,9 +353,8 @@ class DataModule(Part, L.LightningDataModule, ABC):
         if self.conditioning is None:
             return None, None
         if device not in self._on_device:
-            table = self._table if self.fits_device() else None
-            null = self.conditioning.null().to(device)
-            self._on_device[device] = None if table is None else table.to(device), null
+            table = self._table.dense().to(device) if self._table and self.fits_device() else None
+            self._on_device[device] = table, self.conditioning.null().to(device)
         return self._on_device[device]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
