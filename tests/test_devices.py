@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from tiny import ROOT, command, fit, read
 
+from pipeline.cli import main
+
 
 def two(folder: Path, *args: str, steps: int = 6) -> subprocess.CompletedProcess[str]:
     """Train in two processes that talk through gloo."""
@@ -68,3 +70,26 @@ def test_processes_of_torchrun_write_into_one_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = tmp_path.glob("runs/*/*")
     assert read(run)["global_step"] == 6 and len(list(run.glob("sheets/*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", steps=2)
+    args = ["generate", "a red circle", "a blue square", "--checkpoint", str(run), "--number", "3"]
+    args += ["--micro-batch", "2", "--sampler", str(ROOT / "conf/sampler/ddpm.yaml")]
+    args += ["--steps", "3", "--device", "cpu"]
+    assert main([*args, "--out", str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--standalone", "-m", "pipeline", *args, "--out", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(file.name for file in (tmp_path / "one").glob("*.png"))
+    assert len(names) == 7 and done.stdout.count("are in") == 1
+    for name in names:
+        both = [Image.open(tmp_path / folder / name).tobytes() for folder in ("one", "two")]
+        assert both[0] == both[1], name

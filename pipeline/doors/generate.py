@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
-    """Draw, and write down what is drawn as it comes: what is finished is kept when stopped."""
+    """Draw, and write down what is drawn as it comes: what is finished is kept when stopped.
+
+    The processes that torchrun has started share the pictures out; the first one writes.
+    """
     from pipeline.distributed import join
-    from pipeline.generator import Bar
 
     if args.number < 1 or args.micro_batch < 1:
         raise UserError(
@@ -53,40 +56,53 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         checkpoint, generator = open_model(args.checkpoint, device, args.trust, args.ema)
         how = (args.sampler, args.guidance, args.steps, args.scale, options)
         chosen = choose(generator, checkpoint, *how)
-    if prompts and generator.conditioning is None:
-        raise UserError(
-            f"{checkpoint.path} was trained without a condition and takes no prompt, such as "
-            f"{prompts[0]!r}: leave it out."
-        )
-    prompts = prompts or checkpoint.prompts
-    if not prompts:
-        raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
-    generator.embed(prompts)  # what is wrong with a prompt is found before a folder is made
-    settings = {
-        "checkpoint": str(checkpoint.path),
-        "ema": args.ema,
-        **chosen,
-        "micro_batch": args.micro_batch,
-        "device": str(generator.device),
-        "command": line,
-    }
+        if prompts and generator.conditioning is None:
+            raise UserError(
+                f"{checkpoint.path} was trained without a condition and takes no prompt, such as "
+                f"{prompts[0]!r}: leave it out."
+            )
+        prompts = prompts or checkpoint.prompts
+        if not prompts:
+            raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
+        generator.embed(prompts)  # what is wrong with a prompt is found before a folder is made
+        settings = {
+            "checkpoint": str(checkpoint.path),
+            "ema": args.ema,
+            **chosen,
+            "micro_batch": args.micro_batch,
+            "device": str(generator.device),
+            "command": line,
+        }
+        draw(generator, prompts, args, settings)
+    return 0
+
+
+def draw(
+    generator: Any, prompts: list[str], args: argparse.Namespace, settings: dict[str, Any]
+) -> None:
+    """Each prompt `--number` times, with seeds of its own."""
+    from pipeline.distributed import place
+    from pipeline.generator import Bar
+
+    generator.together, writes = True, place()[0] == 0
     values = [prompt for prompt in prompts for _ in range(args.number)]
     seeds = [args.seed + k for _ in prompts for k in range(args.number)]
     about = [{"prompt": v, "seed": s} for v, s in zip(values, seeds, strict=True)]
+    results = ("*.png", "samples.csv", "manifest.json")
     done: list[Any] = []
     with (
-        new_folder(args.out, ("*.png", "samples.csv", "manifest.json")) as out,
+        new_folder(args.out, results) if writes else nullcontext(Path()) as out,
         Bar.over(generator, len(values), args.micro_batch) as bar,
     ):
         try:
             for rows in generator(values, seeds, args.micro_batch, bar.watch):
-                generator.codec.write(rows, len(done), out, about, settings)
-                done += rows.cpu()
+                if writes:
+                    generator.codec.write(rows, len(done), out, about, settings)
+                    done += rows.cpu()
         finally:
             if done:
                 settings |= bar.acceptance()
                 finish(generator.codec, done, out, about, settings, max(args.number, 4))
-    return 0
 
 
 def finish(
