@@ -324,7 +324,7 @@ def test_an_objective_without_levels_has_one_band() -> None:
 def test_two_devices_have_the_losses_of_one(mixture: GaussianMixture) -> None:
     x, _ = mixture.sample(Noise("d"), 12)
     denoiser, dsm = exact(mixture, VP()), DSM(LogNormal())
-    whole = dsm(denoiser, x, None, Noise("key"))
+    whole = dsm(denoiser, x, None, Noise("key", rows=(0, 12)))
     parts = [dsm(denoiser, x[i : i + 6], None, Noise("key", rows=(i, 12))) for i in (0, 6)]
     assert torch.allclose(torch.cat(parts), whole, rtol=1e-12)
 
@@ -613,7 +613,7 @@ def test_two_devices_have_the_losses_of_one_without_levels(
     energy = at_time(SMOOTH[0], ZERO)
     x = Noise("x").normal(torch.zeros(8, 1, dtype=torch.float64))
     u = one_hot(torch.arange(8) % 2, 2)
-    whole = objective(energy, x, u, Noise("key"))
+    whole = objective(energy, x, u, Noise("key", rows=(0, 8)))
     assert whole.shape == (8,)
     parts = [
         objective(energy, x[i : i + 4], u[i : i + 4], Noise("key", rows=(i, 8))) for i in (0, 4)
