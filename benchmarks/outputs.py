@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline.callbacks import Precision
 from pipeline.cli import main as command
 from pipeline.experiment import Experiment, keep_memory
 
@@ -76,7 +77,8 @@ def steps_in(minutes: float, experiment: str, told: list[str]) -> tuple[int, flo
         short = ["--trainer.max_steps", str(TRIED), "--trainer.val_check_interval", str(10**6)]
         run = Experiment([experiment], [*told, *short], folder)
         model, trainer = run.make()
-        trainer.callbacks, trainer.loggers = [*trainer.callbacks[:2], clock], []
+        chosen = [one for one in trainer.callbacks if isinstance(one, Precision)]
+        trainer.callbacks, trainer.loggers = [*chosen, clock], []
         trainer.fit(model, datamodule=run.data)
     gaps = [b - a for a, b in itertools.pairwise(clock.times[TRIED // 3 :])]
     weights = sum(p.numel() for p in model.denoiser.parameters()) / 1e6
