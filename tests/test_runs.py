@@ -363,7 +363,7 @@ def test_a_job_that_is_preempted_goes_back_into_the_queue_and_ends(tmp_path: Pat
     """The batch script, with programs of these names that do as SLURM's do."""
     stand_ins = {
         "make": "exit 0",  # the environment is there
-        "srun": f'shift 2; exec "{sys.executable}" "$@"',  # its option, and the venv's Python
+        "srun": f'shift 3; exec "{sys.executable}" "$@"',  # its options, and the venv's Python
         "scontrol": f'echo "$@" >> "{tmp_path}/scontrol"',
     }
     for name, does in stand_ins.items():
