@@ -52,13 +52,13 @@ class Last(Checkpoint):
         self.signum = 0
         self.before: dict[int, object] = {}
         self.stopped: Stopped | None = None
-        self.validate = False  # whether a validation is due at the step of the checkpoint
+        self.owed = False  # whether a validation is due at the step of the checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validate": self.validate}
+        return {"owed": self.owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validate = state_dict["validate"]
+        self.owed = state_dict["owed"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signum, self.step, self.written = 0, trainer.global_step, time.monotonic()
@@ -90,9 +90,9 @@ class Last(Checkpoint):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if due or stop:
             loop = trainer.fit_loop.epoch_loop
-            self.validate = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore
+            self.owed = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore
             self._save(trainer)
-            self.validate = False
+            self.owed = False
         if stop and self.step != trainer.max_steps:  # else the run ends by itself
             signum = self.signum or signal.SIGTERM
             self.stopped = Stopped(signum, trainer.global_step, self._path(trainer))
@@ -100,8 +100,8 @@ class Last(Checkpoint):
     # the step is written down before any of these comes
     def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
         self._stop()
-        if self.validate:  # the run goes on
-            self.validate = False
+        if self.owed:  # the run goes on
+            self.owed = False
             validate(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
