@@ -15,7 +15,17 @@ from torch import Tensor, distributed
 
 from pipeline.errors import UserError
 
-__all__ = ["barrier", "first", "gather", "in_turn", "join", "place", "share", "total"]
+__all__ = [
+    "barrier",
+    "first",
+    "gather",
+    "in_turn",
+    "join",
+    "on_machine",
+    "place",
+    "share",
+    "total",
+]
 
 T = TypeVar("T")
 
@@ -27,6 +37,14 @@ def place() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def on_machine() -> tuple[int, int]:
+    """The number of this process among those of its machine, and their number; 0 and 1 where that
+    is not known.
+    """
+    known = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    return (int(known[0]), int(known[1])) if place()[1] > 1 and all(known) else (0, 1)  # type: ignore
 
 
 def share(trainer: Any) -> tuple[int, int]:

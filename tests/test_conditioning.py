@@ -672,6 +672,16 @@ def test_processes_share_the_shards_out(
     assert all(same(table, Words().embed(range(100))) for _, table in made)
 
 
+def test_a_cache_that_loses_what_is_written_is_done_without(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process empties it all the time."""
+    monkeypatch.setattr("pipeline.conditioning.cache.read", lambda path, rows: None)
+    table, _ = embed_distinct(Words(), range(20), tmp_path)
+    shutil.rmtree(tmp_path)
+    assert same(table.dense(), Words().embed(range(20)))
+
+
 def test_processes_without_a_disk_make_all_of_it(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,21 +4,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, command, fit, read
+from tiny import CALLBACKS, ROOT, command, fit, read
 
 from pipeline.cli import main
+from pipeline.data import Batch
 
 
-def two(folder: Path, *args: str, steps: int = 6) -> subprocess.CompletedProcess[str]:
+class Spoil(pl.Callback):
+    """Makes the second process's rows of the third batch NaN."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, _: object, batch: Batch, k: int) -> None:
+        if trainer.global_rank == 1 and k == 2:
+            batch.x.fill_(torch.nan)
+
+
+def two(
+    folder: Path, *args: str, steps: int = 6, callbacks: list[dict[str, Any]] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Train in two processes that talk through gloo."""
     devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    told = command(folder, *devices, *args, steps=steps, callbacks=callbacks)
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *command(folder, *devices, *args, steps=steps)],
+        [sys.executable, "-m", "pipeline", *told],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -40,6 +55,16 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     sheets = [run / "sheets/step-000006.png" for run in (one, tmp_path / "two" / "run")]
     pixels = [torch.tensor(list(Image.open(sheet).tobytes())) for sheet in sheets]
     assert (pixels[0] - pixels[1]).abs().max() <= 2
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_device_is_skipped_on_all(tmp_path: Path) -> None:
+    spoil = [*CALLBACKS, {"class_path": "test_devices.Spoil"}]
+    done = two(tmp_path / "run", callbacks=spoil)
+    assert done.returncode == 0, done.stderr
+    ended = read(tmp_path / "run")
+    assert ended["skipped"] == [0, 1]
+    assert all(w.isfinite().all() for w in ended["state_dict"].values())
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ read; a checksum in each file is of its name and its numbers, so a changed one i
 """
 
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from pipeline.condition import Condition
 from pipeline.conditioning.base import Conditioning
-from pipeline.distributed import barrier, place
+from pipeline.distributed import barrier, on_machine, place
 from pipeline.files import digest, whole
 
 __all__ = ["Table", "embed_distinct", "hashable"]
@@ -71,15 +71,16 @@ class Table:
         self._open(opened)
 
     def _open(self, opened: Sequence[Shard]) -> None:
-        self.opened = opened
-        # whose slices cost a microsecond, and those of tensors several
-        self.views: list[Any] = [
-            Shard(*(None if p is None else p.numpy() for p in shard))  # type: ignore
-            for shard in opened
-        ]
         self.lengths = torch.cat([shard.lengths for shard in opened])
         self.starts = torch.cat([s.lengths.cumsum(0) - s.lengths for s in opened])
         self.longest = max(1, int(self.lengths.max()))  # tokens that a row is padded to
+        # as arrays, whose slices cost a microsecond, and those of tensors several
+        self.opened: list[Any] = [
+            SimpleNamespace(
+                **{k: None if p is None else p.numpy() for k, p in s._asdict().items()}
+            )
+            for s in opened
+        ]
 
     def __getstate__(self) -> dict[str, Any]:  # pickling a memory map copies the whole of it
         return {"shards": self.shards}
@@ -108,7 +109,7 @@ class Table:
             planes = torch.empty(len(rows), *first.planes.shape[1:])
         starts, lengths = self.starts[rows].tolist(), self.lengths[rows].tolist()
         for i, (row, start, n) in enumerate(zip(rows.tolist(), starts, lengths, strict=True)):
-            here = self.views[row // ROWS]
+            here = self.opened[row // ROWS]
             if tokens is not None:
                 tokens.numpy()[i, :n] = here.tokens[start : start + n]
             if planes is not None:
@@ -157,11 +158,11 @@ def embed_distinct(
         bar.update(sum(size for shard, size in zip(found, sizes, strict=True) if shard))
         # shared by all; by those of this machine, where each has a disk of its own; by none, where
         # nothing can be kept
-        for rank, world in (place(), on_machine(), (0, 1)):
+        for turn, (rank, world) in enumerate((place(), on_machine(), (0, 1))):
             missing = [k for k, shard in enumerate(found) if shard is None]
             for k in missing[rank::world]:
                 shard, file = Shard.of(conditioning.embed(parts[k])), files[k]
-                if file is None or not write(file, shard):
+                if turn == 2 or file is None or not write(file, shard):
                     made[k] = found[k] = shard
                 bar.update(sizes[k])
             barrier()
@@ -176,14 +177,6 @@ def hashable(value: Any) -> Any:
     if hasattr(value, "tolist"):  # an array, a tensor or one of their numbers
         value = value.tolist()
     return tuple(map(hashable, value)) if isinstance(value, list) else value
-
-
-def on_machine() -> tuple[int, int]:
-    """The number of this process among those of its machine, and their number; 0 and 1 where that
-    is not known.
-    """
-    known = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-    return (int(known[0]), int(known[1])) if place()[1] > 1 and all(known) else (0, 1)  # type: ignore
 
 
 def load(path: Path) -> tuple[Shard, str | None]:
