@@ -6,3 +6,4 @@ from pipeline.data.openmoji import *
 from pipeline.data.pictures import *
 from pipeline.data.points import *
 from pipeline.data.shapes import *
+from pipeline.data.stream import *

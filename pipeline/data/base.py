@@ -81,11 +81,11 @@ class Index(NamedTuple):
 
 class Raw(NamedTuple):
     """A batch as the loader yields it; u is int64 indices into the table (B,), or the conditions
-    themselves.
+    themselves, or what they are made of.
     """
 
     x: Tensor
-    u: Tensor | U
+    u: Tensor | U | list[str]
     flip: Tensor
     weight: Tensor
 
@@ -300,17 +300,19 @@ class DataModule(Part, L.LightningDataModule, ABC):
     def loader(self, split: str, order: Sampler[Draw]) -> Loader:
         # gathering takes microseconds: Lightning's advice to add processes would slow it down
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        rows = Rows(
-            self.rows(split).x, self._index.get(split), None if self.fits_device() else self._table
-        )
         return Loader(
-            rows,
+            self.gathering(split),
             batch_sampler=order,  # type: ignore[arg-type]
             collate_fn=identity,  # type: ignore[arg-type]
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def gathering(self, split: str) -> Dataset:
+        """What gives a `Raw` batch for a `Draw`."""
+        table = None if self.fits_device() else self._table
+        return Rows(self.rows(split).x, self._index.get(split), table)
 
     def seen(self) -> int:
         """Training batches seen by the run, across epochs and restarts."""
@@ -364,7 +366,10 @@ class DataModule(Part, L.LightningDataModule, ABC):
         rows, u, flip, weight = batch
         x = self.codec.encode(rows)
         table, u_null = self.conditions(x.device)
-        if isinstance(u, Tensor):
+        if isinstance(u, list):
+            assert self.conditioning is not None
+            u = self.conditioning.embed(u).to(x.device)
+        elif isinstance(u, Tensor):
             u = None if table is None else table[u]
         if self.flip:
             x, u = mirror(x, flip), None if u is None else u.mirrored(flip)

@@ -9,15 +9,15 @@ a function too and no table: a share of a batch costs the same for 10⁹ rows as
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from pipeline.noise import hashed, mix, permuted
 
-__all__ = ["Draw", "Order", "Pass", "in_rounds"]
+__all__ = ["Draw", "Order", "Pass", "Windows", "in_rounds"]
 
 
 class Draw(NamedTuple):
@@ -77,10 +77,48 @@ class Order(Sampler[Draw]):
         rows = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            rows[here] = permuted(places[here], self.rows, "order", self.seed, epoch)
+            rows[here] = self.permuted(places[here], epoch)
         flip = hashed(stream, mix("flip", self.seed)) < 2**63 if self.flip else stream < 0
         caption = (hashed(stream, mix("caption", self.seed)) >> np.uint64(11)) * 2.0**-53
         return Draw(rows, flip, caption, np.ones(self.share, np.float32))
+
+    def permuted(self, places: np.ndarray, epoch: int) -> np.ndarray:
+        """The rows at these places of the permutation of an epoch."""
+        return permuted(places, self.rows, "order", self.seed, epoch)
+
+
+class Windows(Order):
+    r"""The training order of rows that lie in files, a few of which are read at a time.
+
+    The files of an epoch come in the order of a permutation, and so many of them, a window, have
+    their rows permuted together. Every row comes once in an epoch, and the order is a function of
+    (seed, batches seen) as before; but rows of two windows are never near each other.
+
+    Arguments:
+        counts: The number of rows of each file.
+        window: The number of files in a window.
+        batch_size: As of `Order`, as all others.
+        how: The rest of them.
+    """
+
+    def __init__(self, counts: Sequence[int], window: int, batch_size: int, **how: Any) -> None:
+        super().__init__(sum(counts), batch_size, **how)
+        self.counts, self.window = np.asarray(counts), window
+
+    def permuted(self, places: np.ndarray, epoch: int) -> np.ndarray:
+        files = len(self.counts)
+        order = permuted(np.arange(files), files, "files", self.seed, epoch)
+        ends = self.counts[order].cumsum()
+        edges = np.append(ends[self.window - 1 : -1 : self.window], ends[-1])
+        for w in np.unique(of := np.searchsorted(edges, places, "right")).tolist():
+            first = edges[w - 1] if w else 0
+            key = "window", self.seed, epoch, w
+            here = of == w
+            places[here] = first + permuted(places[here] - first, int(edges[w] - first), *key)
+        k = np.searchsorted(ends, places, "right")
+        # place in the order of this epoch → place in the files' own order
+        within = places - (ends[k] - self.counts[order[k]])
+        return (self.counts.cumsum() - self.counts)[order[k]] + within
 
 
 class Pass(Sampler[Draw]):

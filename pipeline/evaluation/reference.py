@@ -69,7 +69,9 @@ def reference_of(
 
 
 def digest_of(x: np.ndarray) -> str:
-    """The sha256 of pictures and their shape."""
+    """The sha256 of pictures and their shape, or what they say instead."""
+    if hasattr(x, "digest"):
+        return x.digest  # type: ignore[attr-defined]
     pixels = hashlib.sha256(str(x.shape).encode())
     for start in range(0, len(x), 1024):
         pixels.update(x[start : start + 1024].tobytes())
