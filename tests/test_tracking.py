@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import socket
 import struct
@@ -9,14 +10,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 import yaml
 from tiny import ROOT, command
+from torch import nn
+from torch.nn import functional as F
 
 from pipeline import tracking
+from pipeline.callbacks import Watch
+from pipeline.callbacks.watch import Operations
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -66,8 +73,56 @@ def test_csv_holds_losses_and_throughput(run: Path) -> None:
     rows = list(csv.DictReader(file.open()))
     names = {name for row in rows for name, value in row.items() if value}
     bands = {f"val/band_{k}" for k in range(4)}
-    assert {"train/loss", "train/examples_per_s", "val/loss", "step"} | bands <= names
+    costs = {"time/forward", "time/backward", "time/optimizer", "memory/peak_gib", "train/tflops"}
+    assert {"train/loss", "train/examples_per_s", "val/loss", "step"} | bands | costs <= names
     assert all(float(row["train/examples_per_s"] or 1) > 0 for row in rows)
+    told = [row for row in rows if row["time/data"]]
+    assert all(0 <= float(row["time/data"]) <= 1 for row in told)
+    # 2e-3, after a rise over 2 steps and down half a cosine over 6
+    expected = [2e-3 * min((k + 1) / 2, 1) * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+    assert [float(row["train/lr"]) for row in told] == pytest.approx(expected, rel=1e-5)
+
+
+def test_operations_are_counted_in_the_first_step() -> None:
+    said: dict[str, float] = {}
+    layer = nn.Linear(4, 5)
+    module: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        written=lambda step: step == 2,
+        denoiser=SimpleNamespace(precision=None),
+        log=said.__setitem__,
+    )
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    trainer: Any = SimpleNamespace(global_step=0, optimizers=[optimizer], sanity_checking=False)
+    watch, batch = Watch(), (torch.ones(8, 4),)
+    watch.on_train_start(trainer, module)
+    for k in range(2):
+        watch.on_train_batch_start(trainer, module, batch, k)
+        loss = layer(*batch).sum()
+        watch.on_before_backward(trainer, module, loss)
+        loss.backward()
+        watch.on_after_backward(trainer, module)
+        trainer.global_step += 1
+        watch.on_train_batch_end(trainer, module, None, batch, k)
+        assert bool(said) == (k == 1)
+    # 2 · 8 · 4 · 5 for the product, and as many for the gradient of the weights
+    assert watch.operations == 640
+    assert said["train/tflops"] * 1e12 == pytest.approx(80 * said["train/examples_per_s"])
+
+
+def test_counting_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 16, 8, 8), torch.randn(16, 16, 3, 3, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        h = F.silu(F.group_norm(F.conv2d(x, w, padding=1), 4))
+        return torch.autograd.grad(h.softmax(dim=1).square().sum(), w)[0]
+
+    plain = gradient()
+    with Operations() as counter:
+        counted = gradient()
+    assert torch.equal(plain, counted)
+    assert counter.number == 2 * 2 * 4 * 64 * 16 * 16 * 9
 
 
 def test_config_can_be_run_again(run: Path) -> None:

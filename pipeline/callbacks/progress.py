@@ -7,17 +7,20 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from pipeline.distributed import share
+from pipeline.callbacks.watch import peak
 from pipeline.module import ScoreModule
 
 __all__ = ["Progress"]
 
+SHOWN = ("train/loss", "val/loss")
+SETTLED, TIMED = 5, 10  # steps that are not timed, and that are
+
 
 class Progress(ProgressBar):
-    """One bar over all steps of the run, and the throughput in every logger.
+    """One bar over all steps of the run, and after some of them a line that says what a step
+    takes, when the run will end, and what memory it needs.
 
-    Where the output is not a terminal a line is written now and then instead. The throughput,
-    "train/examples_per_s", counts the examples of all devices and leaves out validation.
+    Where the output is not a terminal a line is written now and then instead of the bar.
 
     Arguments:
         seconds: The least time between two updates of the bar.
@@ -44,10 +47,7 @@ class Progress(ProgressBar):
             dynamic_ncols=True,
             disable=not trainer.is_global_zero or self.seconds == float("inf"),
         )
-        self._restart_window()
-
-    def _restart_window(self) -> None:
-        self.batches, self.since, self.paused = 0, time.perf_counter(), 0.0
+        self.first, self.since = trainer.global_step, 0.0
 
     def on_train_batch_end(
         self,
@@ -57,28 +57,26 @@ class Progress(ProgressBar):
         batch: object,
         batch_idx: int,
     ) -> None:
-        self.batches += 1
-        if (
-            self.bar is None or trainer.global_step == self.bar.n
-        ):  # gradients were accumulated only
+        bar, step = self.bar, trainer.global_step
+        if bar is None or step == bar.n:  # gradients were accumulated only
             return
-        if pl_module.written(trainer.global_step):
-            taken = time.perf_counter() - self.since - self.paused
-            examples = self.batches * len(batch[0]) * share(trainer)[1]  # type: ignore[index]
-            pl_module.log("train/examples_per_s", examples / taken)
-            self._restart_window()
+        if pl_module.written(step):
             shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-            self.bar.set_postfix(
-                {k: f"{v:.4f}" for k, v in shown.items() if isinstance(v, float)}, refresh=False
-            )
-        self.bar.update(trainer.global_step - self.bar.n)
+            bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items() if k in SHOWN}, refresh=False)
+        bar.update(step - bar.n)
+        if step == self.first + SETTLED:
+            self.since = time.time()
+        elif step == self.first + SETTLED + TIMED and not bar.disable:
+            self.print(self._expected(bar, pl_module))
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validation_start = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.bar is not None:
-            self.paused += time.perf_counter() - self.validation_start
+    def _expected(self, bar: tqdm, pl_module: ScoreModule) -> str:
+        taken = (time.time() - self.since) / TIMED
+        said = f"A step takes {taken:.3g} s"
+        if bar.total is not None:
+            end = time.localtime(time.time() + taken * (bar.total - bar.n))
+            said += f", so {bar.total:,} steps end {time.strftime('on %d %B at %H:%M', end)}"
+            said += ", validation not counted"
+        return f"{said}. The peak of memory is {peak(pl_module.device) / 2**30:.2g} GiB."
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.bar is not None:

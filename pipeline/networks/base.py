@@ -1,13 +1,14 @@
 """What every network is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from pipeline.building import Part
 from pipeline.condition import U
 
-__all__ = ["Network"]
+__all__ = ["Network", "blocks"]
 
 
 class Network(Part, nn.Module, ABC):
@@ -30,3 +31,12 @@ class Network(Part, nn.Module, ABC):
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
             u: The condition of each; `None` where it takes none.
         """
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """What a network computes one after the other: the members of its lists of modules."""
+    for child in network.children():
+        if isinstance(network, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from blocks(child)
