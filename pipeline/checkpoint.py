@@ -109,8 +109,8 @@ def write(
         for name, weights in kept.items()
     }
     content = {"pipeline": said, "state_dict": named.pop("trained"), "averages": named}
-    with whole(path) as part:
-        torch.save(content, part)
+    with whole(path) as part, part.open("wb") as file:
+        torch.save(content, file)
 
 
 class Checkpoint:

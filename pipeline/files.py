@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,9 @@ def whole(path: str | Path) -> Iterator[Path]:
 
     Arguments:
         path: The file; its folder is made.
+
+    Raises:
+        OSError: The system refuses it, as a full disk does, whatever the writer makes of that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +48,28 @@ def whole(path: str | Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except UserError:
+        raise
+    except Exception as error:
+        if (code := refusal(error)) is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def refusal(error: BaseException | None) -> int | None:
+    """The number of the system's error behind another one: torch has it as its context, and
+    safetensors in words.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if said := re.search(r"os error (\d+)", str(error)):
+            return int(said[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def digest(*said: object) -> str:

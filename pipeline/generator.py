@@ -154,9 +154,9 @@ class Generator:
                 u = None if table is None else table[[index[values[i]] for i in rows]]
                 noise = PictureNoise([seeds[i] for i in rows])
                 x = self.sampler(denoiser, like, u, noise, progress)
-                if not (x.abs() < ABSURD).all():  # or no number
-                    raise UserError(self.not_finite())
                 drawn = gather(x) if world > 1 else x
+                if not (drawn.abs() < ABSURD).all():  # or no number, in any process
+                    raise UserError(self.not_finite())
                 yield from drawn[: len(values) - start].split(micro_batch)
         finally:
             self.denoiser.train(training)

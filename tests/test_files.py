@@ -1,12 +1,16 @@
 """Files: whole or not at all, and never over what was there before."""
 
+import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.errors import UserError
 from pipeline.files import new_folder, packaged, sha256, whole
@@ -26,6 +30,45 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole(file):
         pass  # nothing was written
     assert file.read_text() == "second" and os.listdir(file.parent) == ["file"]
+
+
+def by_torch(part: Path) -> None:
+    with part.open("wb") as file:
+        torch.save({"x": torch.zeros(10_000)}, file)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "torch": by_torch,
+    "safetensors": lambda part: save_file({"x": torch.zeros(10_000)}, part),
+    "Pillow": lambda part: Image.effect_noise((99, 99), 50).save(part, "png"),
+    "Python": lambda part: part.write_bytes(bytes(10_000)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_what_the_system_refuses_is_its_error(
+    write: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """As on a full disk, here by a limit to the size of files: whatever the writer says of it."""
+    resource = pytest.importorskip("resource")
+    file, limits = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.write_text("before")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(OSError) as said, whole(file) as part:
+            write(part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (said.value.errno, said.value.filename) == (errno.EFBIG, str(file))
+    assert file.read_text() == "before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_sentence_is_not_taken_for_what_was_behind_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a sentence"), whole(tmp_path / "file"):
+        try:
+            raise FileNotFoundError(2, "no such file")
+        except OSError as error:
+            raise UserError("a sentence") from error
 
 
 def test_whoever_ends_last_is_kept(tmp_path: Path) -> None:

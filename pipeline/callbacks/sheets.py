@@ -7,13 +7,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pipeline.errors import UserError
+from pipeline.files import whole
 from pipeline.module import ScoreModule
 
 __all__ = ["SampleSheet"]
 
 
 class SampleSheet(pl.Callback):
-    """Draws the same prompts with the same seeds at every validation, from the averaged weights.
+    """Draws the same prompts with the same seeds at every validation, from the averaged weights,
+    all processes together.
 
     Each sheet is written into the run's folder, as `sheets/step-000500.png`, and given to every
     logger that takes pictures.
@@ -44,10 +46,10 @@ class SampleSheet(pl.Callback):
     ) -> None:
         # not on_validation_epoch_end, where the averaged weights may be gone already
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if batch_idx or not trainer.is_global_zero or not data.codec.pictures:
+        if batch_idx or not data.codec.pictures:
             return
         prompts = self.prompts or data.prompts(self.number)
-        generator = pl_module.generator(data)
+        generator = pl_module.generator(data, together=True)
         try:
             rows = torch.cat(list(generator(prompts, range(len(prompts)))))
         except (
@@ -55,12 +57,12 @@ class SampleSheet(pl.Callback):
         ) as error:  # a model may gather itself; what has diverged is said elsewhere
             rank_zero_warn(f"There is no sheet of step {trainer.global_step}: {error}")
             return
-        sheet = data.codec.sheet(rows, list(map(str, prompts)), self.columns)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.default_root_dir) / "sheets"
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"step-{trainer.global_step:06d}.png")
+        sheet = data.codec.sheet(rows, list(map(str, prompts)), self.columns)
+        file = Path(trainer.default_root_dir) / f"sheets/step-{trainer.global_step:06d}.png"
+        with whole(file) as part:
+            sheet.save(part, "png")
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [sheet], step=trainer.global_step)  # type: ignore[attr-defined]
