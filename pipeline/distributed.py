@@ -3,10 +3,14 @@
 Two groups are told apart. All processes of `torch.distributed` draw and measure together
 (`place`). A global batch is shared by those that hold a whole model between them (`share`): under
 tensor parallelism they are fewer.
+
+A tensor may be in parts, one in each process (torch's DTensor), as weights are under
+`pipeline.engines.FSDP`: `assembled`, `collected` and `parted` go from one form to the other, and
+leave other tensors as they are.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,12 +20,15 @@ from torch import Tensor, distributed
 from pipeline.errors import UserError
 
 __all__ = [
+    "assembled",
     "barrier",
+    "collected",
     "first",
     "gather",
     "in_turn",
     "join",
     "on_machine",
+    "parted",
     "place",
     "share",
     "total",
@@ -130,6 +137,34 @@ def total(x: Tensor) -> Tensor:
     if place()[1] > 1:
         distributed.all_reduce(x)
     return x
+
+
+def assembled(x: Tensor) -> Tensor:
+    """The whole of a tensor. Every process has to call it."""
+    return getattr(x, "full_tensor", lambda: x)()
+
+
+def collected(state: Any) -> Any:
+    """Mappings of tensors and other things, with those in parts whole, in the memory of the first
+    process; the others have `None` for them. Every process has to call it.
+    """
+    if isinstance(state, Mapping):
+        return {key: collected(value) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    x = assembled(state)
+    return x.cpu() if place()[0] == 0 else None
+
+
+def parted(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in parts as another one of its shape is; nothing is sent."""
+    if not hasattr(like, "to_local"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    told: Any = like
+    x = x.to(told.device_mesh.device_type)
+    return distribute_tensor(x, told.device_mesh, told.placements, src_data_rank=None)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ SEED = "seed_everything"
 CONFIG = "config.yaml"
 RESULTS = (LAST, BEFORE, "best.ckpt", "sheets", "csv", "wandb")  # what makes a folder a run
 NETWORK = "model.denoiser.network"
+SHARDED = "FSDP"  # the strategy of ours, pipeline.engines
 
 
 def parts(
@@ -121,12 +122,12 @@ class Experiment:
                 f"trainer.precision is {given['precision']!r}, and weights and loss are of 32 "
                 "bits: leave it out, and set the network's type by pipeline.callbacks.Precision."
             )
-        strategy = given.get("strategy")
-        name = strategy if isinstance(strategy, str) else getattr(strategy, "cls", str).__name__
-        if "fsdp" in name.lower() or "parallelstrategy" in name.lower() or "deepspeed" in name:
+        name = strategy_of(given)
+        told = ("fsdp", "parallel", "deepspeed")
+        if name != SHARDED and any(word in name.lower() for word in told):
             raise UserError(
-                f"trainer.strategy is {name}, and a sharded model cannot be averaged, clipped and "
-                "saved here yet: use ddp."
+                f"trainer.strategy is {name}: name conf/strategy/fsdp.yaml, which shares the "
+                "weights out among the devices, or ddp, which holds them whole on each."
             )
         if given.get("max_steps") == 0 or given.get("max_epochs") == 0:
             raise UserError(
@@ -150,6 +151,8 @@ class Experiment:
             own["logger"] = False  # ours are made when it is known that all else can be built
         silent = given.get("enable_progress_bar") is False  # which Lightning takes for a conflict
         own["enable_progress_bar"] = None if silent else given.get("enable_progress_bar")
+        if strategy_of(given) == SHARDED:
+            own["inference_mode"] = False  # parts cannot be gathered in it
         plugins = make(given.get("plugins")) or []
         own["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), *own_plugins()]
         trainer: pl.Trainer = make(found["trainer"]._replace(arguments=given | own))
@@ -221,6 +224,12 @@ class Experiment:
         print(f"Writing to {self.run}", file=sys.stderr)
 
 
+def strategy_of(given: dict[str, Any]) -> str:
+    """The name of the strategy that a trainer is given."""
+    strategy = given.get("strategy")
+    return strategy if isinstance(strategy, str) else getattr(strategy, "cls", str).__name__
+
+
 def claim(run: Path, text: str, goes_on: bool) -> Path:
     """The configuration, written where none was: whoever comes second does not find the place.
 
@@ -284,8 +293,8 @@ class WholeFiles(TorchCheckpointIO):
     ) -> None:
         for left in Path(path).parent.glob(f"{Path(path).name}.*.part"):
             left.unlink(missing_ok=True)  # by a process that was killed
-        with whole(path) as part:
-            torch.save(checkpoint, part)
+        with whole(path) as part, part.open("wb") as file:
+            torch.save(checkpoint, file)  # not by the name: the system's own error would be lost
 
 
 def own_plugins() -> list[Any]:
@@ -321,6 +330,8 @@ def quiet() -> None:
         "does not have many workers",  # the loader gathers from a memory map
         "LeafSpec",
         "exists and is not empty",
+        "The `srun` command is available",
+        "It is recommended to use `self.log",  # what is logged is of all devices already
     ):
         warnings.filterwarnings("ignore", message=f".*{said}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

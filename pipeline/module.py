@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint import about
 from pipeline.data import Batch, DataModule
 from pipeline.denoisers import Preconditioned
-from pipeline.distributed import share
+from pipeline.distributed import assembled, share
 from pipeline.errors import UserError
 from pipeline.generator import Generator
 from pipeline.guidance import Guidance
@@ -88,6 +88,13 @@ class ScoreModule(pl.LightningModule):
         rank, world = share(self.trainer)
         return Noise(self.seed, *key, device=self.device, rows=(rank * n, world * n))
 
+    def configure_model(self) -> None:
+        """Share the weights out where the strategy is `pipeline.engines.FSDP`."""
+        if self.device_mesh is not None:
+            from pipeline.engines import shard
+
+            shard(self.denoiser, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """Check that x and u are what the network takes, and find what checkpoints will say."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -145,7 +152,7 @@ class ScoreModule(pl.LightningModule):
         Raises:
             Diverged: So it is.
         """
-        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.denoiser.parameters()])
+        norm = length(p.detach() for p in self.denoiser.parameters())
         diverged = bool((self.skipped[0] >= MOST_SKIPPED) | ~norm.isfinite())
         if self.trainer.strategy.reduce_boolean_decision(diverged, all=False):
             raise Diverged(
@@ -181,7 +188,7 @@ class ScoreModule(pl.LightningModule):
         taken away, which the host has to know of.
         """
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = length(p.grad for p in trained if p.grad is not None)
         bad, self.length = ~norm.isfinite(), norm.float()
         self.skipped = torch.stack(((self.skipped[0] + 1) * bad, self.skipped[1] + bad))
         told: Any = optimizer
@@ -250,3 +257,8 @@ class ScoreModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = torch.tensor(checkpoint.get("skipped", [0, 0]))
+
+
+def length(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together."""
+    return assembled(torch.nn.utils.get_total_norm(list(tensors)))

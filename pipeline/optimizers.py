@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed import assembled, parted
 from pipeline.errors import UserError
 
 __all__ = ["MuonAdamW", "orthogonal"]
@@ -72,6 +73,8 @@ class MuonAdamW(torch.optim.Optimizer):
     rate serves both. A convolution (a, c, h, w) is the matrix (a, c·h·w). A weight is of a hidden
     layer where it has at least 32 channels on both sides, as the layers from pixels and to pixels
     have not, but for patches of 4; all others are left to AdamW.
+
+    Weights in parts are put together for their move, one shape at a time, in every process.
 
     As with torch's fused optimizers, gradients are divided by the tensor `grad_scale`, and nothing
     moves where the tensor `found_inf` is 1, on the device and without a word to the host.
@@ -164,6 +167,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # type: ignore
         for shape, places in alike.items():
-            moves = orthogonal(torch.stack([ahead[k].reshape(shape) for k in places]))
-            for k, u in zip(places, moves, strict=True):
-                params[k].sub_(u.reshape(params[k].shape) * (lr * 0.2 * max(shape) ** 0.5))
+            whole = [assembled(ahead[k]).reshape(shape) for k in places]
+            for k, u in zip(places, orthogonal(torch.stack(whole)), strict=True):
+                u = u.reshape(params[k].shape) * (lr * 0.2 * max(shape) ** 0.5)
+                params[k].sub_(parted(u, params[k]))

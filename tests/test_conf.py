@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import yaml
+from lightning.pytorch.strategies import Strategy
 from tiny import ROOT
 
 from pipeline import conditioning, guidance, mcmc, networks, objectives, samplers, schedules
@@ -28,6 +29,7 @@ TYPES: dict[str, type] = {
     "objective": objectives.Objective,
     "sampler": samplers.Sampler,
     "schedule": schedules.Schedule,
+    "strategy": Strategy,
     "target": mcmc.Target,
 }
 GROUPS = sorted(CONF.glob("*/*.yaml"))

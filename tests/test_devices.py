@@ -1,16 +1,16 @@
 """The same run on one device and on two."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from PIL import Image
-from tiny import CALLBACKS, ROOT, command, fit, read
+from tiny import CALLBACKS, ROOT, command, equal, fit, read, two
 
 from pipeline.cli import main
 from pipeline.data import Batch
@@ -22,22 +22,6 @@ class Spoil(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, _: object, batch: Batch, k: int) -> None:
         if trainer.global_rank == 1 and k == 2:
             batch.x.fill_(torch.nan)
-
-
-def two(
-    folder: Path, *args: str, steps: int = 6, callbacks: list[dict[str, Any]] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Train in two processes that talk through gloo."""
-    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    told = command(folder, *devices, *args, steps=steps, callbacks=callbacks)
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *told],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.mark.slow
@@ -95,6 +79,46 @@ def test_processes_of_torchrun_write_into_one_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = tmp_path.glob("runs/*/*")
     assert read(run)["global_step"] == 6 and len(list(run.glob("sheets/*.png"))) == 2
+
+
+class Lost(pl.Callback):
+    """The second process is killed at a batch, once."""
+
+    def __init__(self, batch: int, note: str) -> None:
+        self.batch, self.note = batch, Path(note)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        seen = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if trainer.global_rank == 1 and seen == self.batch and not self.note.exists():
+            self.note.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_is_replaced(tmp_path: Path) -> None:
+    """torchrun starts both anew, and the same command goes on."""
+    whole, run = tmp_path / "whole" / "run", tmp_path / "run" / "run"
+    assert two(whole).returncode == 0
+    lost = {"batch": 4, "note": str(tmp_path / "lost")}
+    callbacks = [
+        *(one for one in CALLBACKS if not one["class_path"].endswith("Last")),
+        {"class_path": "pipeline.callbacks.Last", "init_args": {"minutes": 0, "agree": 1}},
+        {"class_path": "test_devices.Lost", "init_args": lost},
+    ]
+    args = command(run, "--trainer.devices", "2", "--resume", "auto", callbacks=callbacks)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--standalone", "--max-restarts", "1", "-m", "pipeline", *args],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lost").exists()
+    for part in ("state_dict", "averages", "optimizer_states", "global_step"):
+        assert equal(read(run)[part], read(whole)[part]), part
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from tiny import ROOT
 ROOMS = (
     "errors files averaging distributed building schedules noise optimizers condition networks "
     "mcmc conditioning png codec denoisers guidance objectives samplers checkpoint generator data "
-    "tracking evaluation module callbacks experiment doors cli __main__"
+    "tracking evaluation engines module callbacks experiment doors cli __main__"
 ).split()
 FILES = sorted(path for path in (ROOT / "pipeline").rglob("*.py") if path.parent.name)
 

@@ -1,6 +1,8 @@
 """A training run small enough for a test: the real experiment, its network and data made small."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pipeline.cli import main
 ROOT = Path(__file__).parent.parent
 CALLBACKS = [
     {"class_path": "pipeline.callbacks.Progress"},
+    {"class_path": "pipeline.callbacks.Watch"},
     {"class_path": "pipeline.callbacks.Precision", "init_args": {"choice": "float32"}},
     {"class_path": "pipeline.callbacks.EMA", "init_args": {"decay": 0.9, "every": 1}},
     {"class_path": "pipeline.callbacks.SampleSheet", "init_args": {"number": 2}},
@@ -41,6 +44,26 @@ def launch(
     """Train in this process; the exit code."""
     os.environ.pop("PIPELINE_RUN", None)
     return main(command(folder, *args, callbacks=callbacks, steps=steps))
+
+
+def two(
+    folder: Path,
+    *args: str,
+    steps: int = 6,
+    strategy: str = "ddp",
+    callbacks: list[dict[str, Any]] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Train in two processes that talk through gloo."""
+    devices = ["--trainer.devices", "2", "--trainer.strategy", strategy]
+    told = command(folder, *devices, *args, steps=steps, callbacks=callbacks)
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *told],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def command(
@@ -75,3 +98,8 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}

@@ -1,4 +1,4 @@
-"""Objects → plain data: a `Part` knows the arguments it was made with."""
+"""Objects → plain data: a `Part` knows what it was made of."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ __all__ = ["Part", "brief", "describe"]
 
 
 class Part:
-    """What a node can name and a checkpoint describe: it remembers its arguments."""
+    """What a node can name and a checkpoint describe: it remembers its class and its arguments."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
-        object.__setattr__(self, "_given", (args, kwargs))
+        # FSDP gives a network another class
+        object.__setattr__(self, "_given", (cls, args, kwargs))
         return self
 
 
@@ -27,10 +28,10 @@ def describe(value: Any) -> Any:
     if isinstance(value, Part):
         if hasattr(value, "_source"):  # it was opened from a file
             return value._source  # type: ignore[attr-defined]
-        args, kwargs = value._given  # type: ignore[attr-defined]
-        bound = inspect.signature(type(value)).bind(*args, **kwargs)
+        cls, args, kwargs = value._given  # type: ignore[attr-defined]
+        bound = inspect.signature(cls).bind(*args, **kwargs)
         bound.apply_defaults()
-        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        path = f"{cls.__module__}.{cls.__qualname__}"
         return {"class_path": path, "init_args": describe(bound.arguments)}
     if isinstance(value, Mapping):
         return {str(key): describe(v) for key, v in value.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.averaging import exponent, keep
 from pipeline.checkpoint import averages
+from pipeline.distributed import collected, parted
 from pipeline.errors import UserError
 
 __all__ = ["EMA", "PowerEMA"]
@@ -66,7 +67,7 @@ class EMA(pl.Callback):
         for name, loaded in self.averages.items():
             fresh = {key: p.detach().clone() for key, p in _trained(pl_module)}
             for key, average in loaded.items():  # from a checkpoint, on the CPU
-                fresh[key].copy_(average)
+                fresh[key].copy_(parted(average, fresh[key]))
             self.averages[name] = fresh
         self.step = trainer.global_step
         self.weights = [p for _, p in _trained(pl_module)]
@@ -112,11 +113,11 @@ class EMA(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        weights, kept = checkpoint["state_dict"], dict(self.averages)
+        weights, kept = checkpoint["state_dict"], collected(self.averages)
         if self.swapped:
             first = next(iter(kept))
-            kept[first] = {name: weights[name] for name in self.average}
-            weights.update(self.average)
+            average, kept[first] = kept[first], {name: weights[name] for name in self.average}
+            weights.update(average)
         checkpoint.setdefault("averages", {}).update(kept)
 
     def on_load_checkpoint(
@@ -180,8 +181,10 @@ class PowerEMA(EMA):
         steps = trainer.estimated_stepping_batches
         spacing = -(-int(steps) // (self.times * self.every)) * self.every
         due = self.step > before and self.step % spacing == 0
-        if due and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            keep(Path(trainer.default_root_dir), self.step, self.averages)
+        if due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            averages = collected(self.averages)
+            if trainer.is_global_zero:
+                keep(Path(trainer.default_root_dir), self.step, averages)
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

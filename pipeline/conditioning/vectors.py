@@ -39,7 +39,7 @@ class Classes(Conditioning):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"names must be different and at least one, not {names}.")
         self.names = list(names)
-        self._given = ((), {"names": self.names})
+        self._given = (type(self), (), {"names": self.names})
 
     @property
     def dim(self) -> int:

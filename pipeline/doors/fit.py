@@ -108,6 +108,8 @@ def said(error: BaseException) -> BaseException:
             f"The memory of the device does not hold a step ({reason[:100]}): make "
             "--data.batch_size smaller, and add --trainer.accumulate_grad_batches 2."
         )
+    if isinstance(error, UserError) and "Original Traceback" in reason:
+        return UserError(reason.rpartition("UserError: ")[2])  # as the loader's process said it
     if isinstance(error, SystemExit | KeyboardInterrupt):
         # Lightning's answer to being asked while it sets up, and to a second Ctrl-C
         asked: BaseException | None = error
