@@ -10,7 +10,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train generate evaluate lecture test test-full lint format bench docker clean
+.PHONY: help setup train generate evaluate lecture test test-full test-slurm lint format bench docker docker-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test: $(SETUP) ## Run the quick tests, some files at once (ARGS="-n 0": one afte
 test-full: $(SETUP) ## Run all tests, the slow ones too
 	@exec $(PY) -m pytest $(ARGS)
 
+test-slurm: $(SETUP) ## Install SLURM from Debian, start it on this machine, and preempt a job
+	@command -v slurmctld munged >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	@exec $(PY) -m pytest tests/test_slurm.py $(ARGS)
+
 lint: $(SETUP) ## Check style, format and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -56,6 +60,12 @@ bench: $(SETUP) ## Run the benchmarks that need no checkpoint, one by one
 
 docker: ## Build the image of a GPU trainer
 	docker build -f docker/Dockerfile -t conditional-score-pipeline $(ARGS) .
+
+docker-train: ## Train CONF in that image, on all GPUs, into runs/ (DATA=folder: it is /data there)
+	@install -d runs
+	docker run --rm --init --gpus all --ipc host --user "$$(id -u):$$(id -g)" -e HOME=/tmp -e HF_HOME=/tmp/hub -e WANDB_API_KEY \
+	    -v "$(CURDIR)/runs:/app/runs" $(if $(DATA),-v "$(abspath $(DATA)):/data:ro") \
+	    conditional-score-pipeline fit -c $(CONF) $(ARGS)
 
 clean: ## Remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache dist
