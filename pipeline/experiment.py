@@ -291,9 +291,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        for left in Path(path).parent.glob(f"{Path(path).name}.*.part"):
-            left.unlink(missing_ok=True)  # by a process that was killed
-        with whole(path) as part, part.open("wb") as file:
+        with whole(path, alone=True) as part, part.open("wb") as file:
             torch.save(checkpoint, file)  # not by the name: the system's own error would be lost
 
 

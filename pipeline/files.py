@@ -28,7 +28,7 @@ __all__ = [
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def whole(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """A place beside a file to write to. It becomes the file when all is written and on the disk;
     on an error nothing is left, and the file is as it was.
 
@@ -36,6 +36,8 @@ def whole(path: str | Path) -> Iterator[Path]:
 
     Arguments:
         path: The file; its folder is made.
+        alone: Whether no other process may be writing it: then what one that was killed has left
+            of it is removed.
 
     Raises:
         OSError: The system refuses it, as a full disk does, whatever the writer makes of that.
@@ -43,6 +45,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    for left in path.parent.glob(f"{path.name}.*.part") if alone else ():
+        left.unlink(missing_ok=True)
     try:
         yield part
         with part.open("rb+") as file:

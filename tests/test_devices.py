@@ -108,7 +108,7 @@ def test_a_process_that_is_lost_is_replaced(tmp_path: Path) -> None:
     args = command(run, "--trainer.devices", "2", "--resume", "auto", callbacks=callbacks)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "--standalone", "--max-restarts", "1", "-m", "pipeline", *args],
+        [*torchrun, "--standalone", "--max-restarts", "1", "-m", "--", "pipeline", *args],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
@@ -130,7 +130,7 @@ def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
     assert main([*args, "--out", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "--standalone", "-m", "pipeline", *args, "--out", str(tmp_path / "two")],
+        [*torchrun, "--standalone", "-m", "--", "pipeline", *args, "--out", str(tmp_path / "two")],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from tiny import CALLBACKS, contents, equal, launch, read
 
 STEPS = 12
@@ -19,20 +22,30 @@ EAGER = [
 OTHER_DISK = Path("/dev/shm")
 
 
-def train(run: Path) -> None:
+class Die(pl.Callback):
+    """Is killed before the validation at the end, the first time."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        note = Path(trainer.default_root_dir).parent / "died"
+        if trainer.global_step == STEPS and not note.exists():
+            note.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(run: Path, callbacks: list[dict[str, Any]] = EAGER) -> None:
     """What is typed the first time and every other."""
     if OTHER_DISK.is_dir():
         os.environ["TMPDIR"] = str(OTHER_DISK)
     sys.stderr = (run.parent / "said").open("a")
-    sys.exit(launch(run, "--resume", "auto", callbacks=EAGER, steps=STEPS))
+    sys.exit(launch(run, "--resume", "auto", callbacks=callbacks, steps=STEPS))
 
 
-def start(run: Path) -> Any:
+def start(run: Path, *how: Any) -> Any:
     """A process of its own, forked from one that has imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny", "pipeline.experiment", "pipeline.callbacks"])
     run.parent.mkdir(exist_ok=True)
-    process = context.Process(target=train, args=(run,))
+    process = context.Process(target=train, args=(run, *how))
     process.start()
     return process
 
@@ -58,8 +71,25 @@ def test_the_same_command_carries_on_after_a_kill(kills: int, tmp_path: Path) ->
             killed += 1
             continue
         assert process.exitcode == 0, (run.parent / "said").read_text()
-        for part in ("state_dict", "averages", "optimizer_states", "global_step", "skipped"):
-            assert equal(read(run)[part], read(whole)[part]), part
-        assert contents(run / "sheets") == contents(whole / "sheets")
-        assert not list(run.glob("**/*.part"))
+        assert_the_same(run, whole)
         runs += 1
+
+
+def assert_the_same(run: Path, whole: Path) -> None:
+    """What two runs have left, sheets and best weights too; and no half a file."""
+    for part in ("state_dict", "averages", "optimizer_states", "global_step", "skipped"):
+        assert equal(read(run)[part], read(whole)[part]), part
+    best = [torch.load(one / "best.ckpt", weights_only=True) for one in (run, whole)]
+    assert equal(best[0]["averages"], best[1]["averages"])
+    assert contents(run / "sheets") == contents(whole / "sheets")
+    assert not list(run.glob("**/*.part"))
+
+
+def test_a_kill_before_the_last_validation_loses_nothing_of_it(tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole" / "run", tmp_path / "run" / "run"
+    die = [*EAGER, {"class_path": "test_kills.Die"}]
+    for place, how, code in ((whole, EAGER, 0), (run, die, -signal.SIGKILL), (run, die, 0)):
+        process = start(place, how)
+        process.join()
+        assert process.exitcode == code
+    assert_the_same(run, whole)

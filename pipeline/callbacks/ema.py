@@ -64,13 +64,17 @@ class EMA(pl.Callback):
         return next(iter(self.averages.values()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._place(pl_module)
+        self.step = trainer.global_step
+        self.weights = [p for _, p in _trained(pl_module)]
+
+    def _place(self, pl_module: pl.LightningModule) -> None:
+        """Lay the averages beside the weights: on their device, in parts where they are."""
         for name, loaded in self.averages.items():
             fresh = {key: p.detach().clone() for key, p in _trained(pl_module)}
             for key, average in loaded.items():  # from a checkpoint, on the CPU
                 fresh[key].copy_(parted(average, fresh[key]))
             self.averages[name] = fresh
-        self.step = trainer.global_step
-        self.weights = [p for _, p in _trained(pl_module)]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -87,6 +91,8 @@ class EMA(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.average:
+            if not hasattr(self, "weights"):  # before training, or after all of it
+                self._place(pl_module)
             self._swap(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

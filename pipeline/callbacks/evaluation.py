@@ -61,8 +61,6 @@ class Evaluation(pl.Callback):
         if data.codec.pictures:
             self.measure = Measure(data, self.features.to(pl_module.device), self.number)
             self.floor = self.measure.floor["frechet"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         self.start, self.spent, self.last = time.monotonic(), 0.0, 0.0
 
     def on_validation_batch_end(

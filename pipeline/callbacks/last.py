@@ -117,6 +117,12 @@ class Last(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.owed:  # and no step is left
+            self.owed = False
+            validate(trainer)
+            self._save(trainer)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ class SampleSheet(pl.Callback):
             return
         sheet = data.codec.sheet(rows, list(map(str, prompts)), self.columns)
         file = Path(trainer.default_root_dir) / f"sheets/step-{trainer.global_step:06d}.png"
-        with whole(file) as part:
+        with whole(file, alone=True) as part:
             sheet.save(part, "png")
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):

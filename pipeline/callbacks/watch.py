@@ -45,6 +45,7 @@ class Watch(pl.Callback):
     def __init__(self) -> None:
         self.operations = 0.0
         self.counter: Operations | None = None
+        self._begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         self.marks: list[Any] | None = None

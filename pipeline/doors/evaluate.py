@@ -27,7 +27,7 @@ and chance."""
 EPILOG = """\
 Every combination of what is given to --checkpoint, --sampler, --steps and --scale is measured, and
 one that --out holds already is not drawn again. On several devices:
-  torchrun --nproc-per-node N -m pipeline evaluate ..."""
+  torchrun --nproc-per-node N -m -- pipeline evaluate ..."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
