@@ -297,6 +297,13 @@ class WholeFiles(TorchCheckpointIO):
 
 def own_plugins() -> list[Any]:
     """What a trainer is given beside what it is told."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not _get_rank():
+        print(
+            "warning: processes that torchrun starts anew may find the addresses of those that "
+            "are gone, and wait for good: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it.",
+            file=sys.stderr,
+        )
     several = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
     if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect():
         return [WholeFiles()]

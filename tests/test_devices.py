@@ -110,7 +110,8 @@ def test_a_process_that_is_lost_is_replaced(tmp_path: Path) -> None:
     done = subprocess.run(
         [*torchrun, "--standalone", "--max-restarts", "1", "-m", "--", "pipeline", *args],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT / "tests"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
