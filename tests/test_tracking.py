@@ -17,12 +17,13 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 import yaml
-from tiny import ROOT, command
+from tiny import ROOT, command, fit
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline import tracking
 from pipeline.callbacks import Watch
+from pipeline.callbacks.progress import busy_cores
 from pipeline.callbacks.watch import Operations
 
 
@@ -108,6 +109,28 @@ def test_operations_are_counted_in_the_first_step() -> None:
     # 2 · 8 · 4 · 5 for the product, and as many for the gradient of the weights
     assert watch.operations == 640
     assert said["train/tflops"] * 1e12 == pytest.approx(80 * said["train/examples_per_s"])
+
+
+@pytest.mark.parametrize(("others", "said"), [(0.3, False), (1.1, True)])
+def test_other_work_on_the_machine_is_said(
+    others: float, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pipeline.callbacks.progress.busy_cores", lambda: (others, 2))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    fit(tmp_path / "run", steps=1)
+    assert ("OMP_NUM_THREADS=1" in capsys.readouterr().err) == said
+
+
+def test_busy_cores_are_seen() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        others, cores = busy_cores(0.5)
+    finally:
+        busy.kill()
+    if not Path("/proc/stat").exists():
+        pytest.skip("the system does not say")
+    assert 0.3 < others <= cores + 0.1  # about 1, or more where tests run beside
 
 
 def test_counting_changes_no_bit() -> None:

@@ -1,9 +1,13 @@
 """What a person sees while a model trains."""
 
+import math
+import os
 import sys
 import time
+from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
@@ -48,6 +52,19 @@ class Progress(ProgressBar):
             disable=not trainer.is_global_zero or self.seconds == float("inf"),
         )
         self.first, self.since = trainer.global_step, 0.0
+        if not self.bar.disable and trainer.world_size == 1 and pl_module.device.type == "cpu":
+            self._warn_of_others()
+
+    def _warn_of_others(self) -> None:
+        """Threads share a step out evenly, and one that has no core to itself holds up all."""
+        others, cores = busy_cores()
+        free = max(1, cores - math.ceil(others - 0.5))
+        if torch.get_num_threads() > free:
+            self.print(
+                f"Other processes keep {others:.1f} of {cores} cores busy, and {free} thread(s) "
+                f"may train several times as fast then as {torch.get_num_threads()}: begin with "
+                f"OMP_NUM_THREADS={free}."
+            )
 
     def on_train_batch_end(
         self,
@@ -90,3 +107,25 @@ class Progress(ProgressBar):
     def print(self, *args: object, **kwargs: object) -> None:
         """Write a line without breaking the bar."""
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+
+def busy_cores(seconds: float = 0.2) -> tuple[float, int]:
+    """How many of the cores that this process may use are at work while it sleeps, and how many
+    there are; 0 where the system does not say.
+    """
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+    stat = Path("/proc/stat")
+    if not mine or not stat.exists():
+        return 0.0, len(mine) or os.cpu_count() or 1
+
+    def ticks() -> tuple[int, int]:
+        """Of these cores since the machine was started: all, and idle."""
+        rows = [line.split() for line in stat.read_text().splitlines()]
+        own = [list(map(int, r[1:])) for r in rows if r[0][:3] == "cpu" and r[0][3:].isdigit()
+               and int(r[0][3:]) in mine]  # fmt: skip
+        return sum(sum(one[:8]) for one in own), sum(one[3] + one[4] for one in own)
+
+    before = ticks()
+    time.sleep(seconds)
+    all_of_it, idle = (b - a for a, b in zip(before, ticks(), strict=True))
+    return len(mine) * (1 - idle / max(all_of_it, 1)), len(mine)
