@@ -55,12 +55,15 @@ class Evaluation(pl.Callback):
         self.features = features or EfficientNetLite0()
         self.micro_batch, self.seed = micro_batch, seed
         self.measure: Measure | None = None
+        self.start, self.spent, self.last = time.monotonic(), 0.0, 0.0  # until training begins
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data.codec.pictures:
             self.measure = Measure(data, self.features.to(pl_module.device), self.number)
             self.floor = self.measure.floor["frechet"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         self.start, self.spent, self.last = time.monotonic(), 0.0, 0.0
 
     def on_validation_batch_end(
