@@ -97,19 +97,26 @@ class Rows(Dataset):
         x: The rows, with shape :math:`(N, *)`.
         index: The rows of the table that each x is conditioned on, or None.
         table: The K distinct conditions, if they are to be gathered here and not on the device.
+        values: In place of both, what each x is conditioned on.
     """
 
     def __init__(
-        self, x: np.ndarray, index: Index | None = None, table: Table | None = None
+        self,
+        x: np.ndarray,
+        index: Index | None = None,
+        table: Table | None = None,
+        values: Sequence | None = None,
     ) -> None:
-        self.x, self.index, self.table = x, index, table
+        self.x, self.index, self.table, self.values = x, index, table, values
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitems__(self, draw: Draw) -> Raw:
         index = None if self.index is None else self.index(draw.rows, draw.caption)
-        u = index if index is None or self.table is None else self.table[index]
+        u: Any = index if index is None or self.table is None else self.table[index]
+        if self.values is not None:
+            u = [self.values[k] for k in draw.rows.tolist()]
         x = torch.from_numpy(np.asarray(self.x[draw.rows]))
         return Raw(x, u, torch.from_numpy(draw.flip), torch.from_numpy(draw.weight))
 
@@ -309,7 +316,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def gathering(self, split: str) -> Dataset:
+    def gathering(self, split: str) -> Rows:
         """What gives a `Raw` batch for a `Draw`."""
         table = None if self.fits_device() else self._table
         return Rows(self.rows(split).x, self._index.get(split), table)

@@ -11,20 +11,19 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from pipeline.codec import Pixels
 from pipeline.conditioning import Conditioning
-from pipeline.data.base import DataModule, Loader, Raw, Source
+from pipeline.data.base import DataModule, Loader, Rows, Source
 from pipeline.data.folder import is_picture, say
 from pipeline.data.hub import matching
-from pipeline.data.order import Draw, Windows
+from pipeline.data.order import Windows
 from pipeline.data.pictures import Fit, cores, decode
 from pipeline.errors import UserError
 from pipeline.files import digest, whole
@@ -106,12 +105,19 @@ class Stream(DataModule):
 
     def source(self, split: str) -> Source:
         counts = [self.count(file) for file in self.files[split]]
+        if not any(counts):
+            raise UserError(
+                f"There is no picture in the shards for {split!r} ({self.files[split][0]}, …); "
+                "give others, or another data.val_files."
+            )
         keep = self.window if split == "train" else 1
         found = Shards(self.files[split], counts, self.columns, self.shape, self.fit, keep)
         values = Captions(found) if self.conditioning is not None else None
         if split == "train":
             return Source(found, values)  # type: ignore[arg-type]
-        return Source(found[np.arange(len(found))], values and list(values))
+        return Source(
+            found[np.arange(len(found))], values and [values[k] for k in range(len(values))]
+        )
 
     def count(self, file: Path) -> int:
         """The number of rows of a shard."""
@@ -138,23 +144,9 @@ class Stream(DataModule):
         order.again = self.again(len(order))
         return self.loader("train", order)
 
-    def gathering(self, split: str) -> Dataset:
-        return Read(self.rows(split))
-
-
-class Read(Dataset):
-    """Gathers the rows of a draw and their captions."""
-
-    def __init__(self, source: Source) -> None:
-        self.x, self.values = source.x, source.values
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitems__(self, draw: Draw) -> Raw:
-        x = torch.from_numpy(np.asarray(self.x[draw.rows]))
-        u: Any = None if self.values is None else [self.values[k] for k in draw.rows.tolist()]
-        return Raw(x, u, torch.from_numpy(draw.flip), torch.from_numpy(draw.weight))
+    def gathering(self, split: str) -> Rows:
+        source = self.rows(split)
+        return Rows(source.x, values=source.values)
 
 
 class Shards:
@@ -245,9 +237,6 @@ class Captions(Sequence):
             )
         return words
 
-    def __iter__(self) -> Iterator[str]:
-        return (self[k] for k in range(len(self)))
-
 
 def shards(path: str | list[str]) -> list[Path]:
     """The files that names and patterns stand for, in the order of their paths."""
@@ -269,21 +258,26 @@ def count(file: Path) -> int:
     if file.suffix == ".tar":
         say(f"Counting the pictures in {file}.")
         return len(read(file, "", None))
-    from pyarrow.parquet import ParquetFile
+    from pyarrow.parquet import read_metadata
 
-    try:
-        return ParquetFile(file).metadata.num_rows
-    except Exception as error:  # pyarrow raises whatever a broken file provokes
-        raise UserError(f"{file} is not a parquet file ({error}); write it anew.") from error
+    with mendable(file):
+        return read_metadata(file).num_rows
 
 
 def read(file: Path, image: str, caption: str | None) -> list[Row]:
     """The rows of a shard, pictures still encoded."""
-    try:
+    with mendable(file):
         return (read_tar if file.suffix == ".tar" else read_parquet)(file, image, caption)
+
+
+@contextmanager
+def mendable(file: Path) -> Iterator[None]:
+    """Makes a sentence of whatever pyarrow and tarfile raise at a broken file."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # pyarrow and tarfile raise whatever a broken file provokes
+    except Exception as error:
         raise UserError(f"{file} cannot be read ({error}); write it anew.") from error
 
 
@@ -297,6 +291,8 @@ def read_parquet(file: Path, image: str, caption: str | None) -> list[Row]:
     table = read_table(file, columns=names)
     images = table[image].to_pylist()
     words = [None] * len(images) if caption is None else table[caption].to_pylist()
+    if wrong := [one for one in words if not isinstance(one, str | None)]:
+        raise UserError(f"{file}: column {caption!r} holds {wrong[0]!r}; a caption is a string.")
     rows = []
     for k, (one, text) in enumerate(zip(images, words, strict=True)):
         encoded = one.get("bytes") if isinstance(one, dict) else one
@@ -335,6 +331,6 @@ def words(row: dict[str, tuple[str, bytes]], caption: str | None) -> str | None:
     if caption in row:
         return row[caption][1].decode()
     said = json.loads(row["json"][1]) if "json" in row else {}
-    if caption in said:
+    if said.get(caption) is not None:
         return str(said[caption])
     return row["txt"][1].decode() if "txt" in row else None
