@@ -296,6 +296,25 @@ def test_a_run_that_writes_no_log_trains(tmp_path: Path) -> None:
     assert launch(tmp_path / "run", "--trainer.log_every_n_steps", "0") == 0
 
 
+def test_the_manifest_for_kubernetes_tells_fit_what_it_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    documents = [*yaml.safe_load_all((ROOT / "docker/kubernetes.yaml").read_text())]
+    (container,) = documents[1]["spec"]["template"]["spec"]["containers"]
+    torchrun, told = (
+        container["args"],
+        container["args"][container["args"].index("pipeline") + 1 :],
+    )
+    assert torchrun[torchrun.index("pipeline") - 1] == "--"  # or torchrun takes --run for its own
+    experiment = told[told.index("-c") + 1]
+    assert (ROOT / experiment).is_file()
+    told = [one for one in told if not one.startswith("--data.path")]
+    told[told.index(experiment)] = str(ROOT / "conf/experiment/shapes.yaml")
+    assert main([*told, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (printed["num_nodes"], printed["devices"]) == (2, 8)
+
+
 # --- signals
 
 

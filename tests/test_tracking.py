@@ -99,6 +99,9 @@ def test_operations_are_counted_in_the_first_step() -> None:
     watch.on_train_start(trainer, module)
     for k in range(2):
         watch.on_train_batch_start(trainer, module, batch, k)
+        watch.on_validation_start(trainer, module)  # such as a resumed run makes up for
+        layer(*batch)
+        watch.on_validation_end(trainer, module)
         loss = layer(*batch).sum()
         watch.on_before_backward(trainer, module, loss)
         loss.backward()

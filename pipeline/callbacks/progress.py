@@ -16,7 +16,6 @@ from pipeline.module import ScoreModule
 
 __all__ = ["Progress"]
 
-SHOWN = ("train/loss", "val/loss")
 SETTLED, TIMED = 5, 10  # steps that are not timed, and that are
 
 
@@ -66,20 +65,15 @@ class Progress(ProgressBar):
                 f"OMP_NUM_THREADS={free}."
             )
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: ScoreModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ScoreModule, *_: object) -> None:
         bar, step = self.bar, trainer.global_step
         if bar is None or step == bar.n:  # gradients were accumulated only
             return
         if pl_module.written(step):
             shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-            bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items() if k in SHOWN}, refresh=False)
+            bar.set_postfix(
+                {k: f"{v:.4f}" for k, v in shown.items() if isinstance(v, float)}, refresh=False
+            )
         bar.update(step - bar.n)
         if step == self.first + SETTLED:
             self.since = time.time()

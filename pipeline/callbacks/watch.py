@@ -30,7 +30,7 @@ class Watch(pl.Callback):
     - `train/examples_per_s`, of all devices, since the last time and without validation;
     - `time/data`, the share of that time in which the loop waited for a batch;
     - `time/forward`, `time/backward` and `time/optimizer`, the seconds of this one step: noise,
-      network and loss; the way back; norm, clipping, optimizer and average;
+      network and loss; the way back; norm, clipping and optimizer;
     - `train/lr`, the learning rate;
     - `memory/peak_gib`, since training began: of the GPU what tensors took, of the process on a
       processor;
@@ -44,11 +44,11 @@ class Watch(pl.Callback):
 
     def __init__(self) -> None:
         self.operations = 0.0
+        self.marks: list[Any] | None = None
         self.counter: Operations | None = None
         self._begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
-        self.marks: list[Any] | None = None
         self.step = trainer.global_step
         self._begin()
 
@@ -92,17 +92,12 @@ class Watch(pl.Callback):
             self.operations, self.counter = self.counter.number, None
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: ScoreModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: ScoreModule, outputs: object, batch: Any, *_: object
     ) -> None:
         self.batches += 1
         if trainer.global_step > self.step and self.marks is not None:
             self._mark(pl_module)
-            self._tell(trainer, pl_module, len(batch[0]))  # type: ignore[index]
+            self._tell(trainer, pl_module, len(batch[0]))
         self.step = trainer.global_step
         self.ended = time.perf_counter()
 
@@ -129,13 +124,20 @@ class Watch(pl.Callback):
             pl_module.log(name, value)
         self._begin()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         self.validation_start = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.ended = time.perf_counter()
-            self.paused += self.ended - self.validation_start
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.ended = time.perf_counter()
+        self.paused += self.ended - self.validation_start
+        # one that a run had owed comes when a step has begun, and is no part of it
+        if self.counter is not None:
+            self.counter.number = 0.0
+        if self.marks is not None:
+            self.marks.clear()
+            self._mark(pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
