@@ -113,11 +113,11 @@ class Rows(Dataset):
         return len(self.x)
 
     def __getitems__(self, draw: Draw) -> Raw:
+        x = torch.from_numpy(np.asarray(self.x[draw.rows]))
         index = None if self.index is None else self.index(draw.rows, draw.caption)
         u: Any = index if index is None or self.table is None else self.table[index]
         if self.values is not None:
             u = [self.values[k] for k in draw.rows.tolist()]
-        x = torch.from_numpy(np.asarray(self.x[draw.rows]))
         return Raw(x, u, torch.from_numpy(draw.flip), torch.from_numpy(draw.weight))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -115,9 +115,7 @@ class Stream(DataModule):
         values = Captions(found) if self.conditioning is not None else None
         if split == "train":
             return Source(found, values)  # type: ignore[arg-type]
-        return Source(
-            found[np.arange(len(found))], values and [values[k] for k in range(len(values))]
-        )
+        return Source(found[np.arange(len(found))], values and list(values))
 
     def count(self, file: Path) -> int:
         """The number of rows of a shard."""
