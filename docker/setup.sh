@@ -4,10 +4,10 @@
 #
 #   PYTHON=python3.12   the interpreter to use
 #   TORCH=cpu           torch for this backend (cpu, cu126, auto, ...) from PyTorch's own index; needs uv
-#   EXTRAS=test,dev,lecture,openmoji     what to install beside the package
+#   EXTRAS=test,dev,lecture,openmoji,latents     what to install beside the package
 set -eu
 cd "$(dirname "$0")/.."
-EXTRAS=${EXTRAS-test,dev,lecture,openmoji}
+EXTRAS=${EXTRAS-test,dev,lecture,openmoji,latents}
 TORCH=${TORCH-}
 venv=.venv/bin/python
 

@@ -10,8 +10,10 @@ leave other tensors as they are.
 """
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "assembled",
     "barrier",
     "collected",
+    "each",
     "first",
     "gather",
     "in_turn",
@@ -46,12 +49,15 @@ def place() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def on_machine() -> tuple[int, int]:
-    """The number of this process among those of its machine, and their number; 0 and 1 where that
-    is not known.
+def on_machine() -> tuple[int, list[int]]:
+    """The number of this process among those that share its machine and its files, and their
+    ranks. Every process has to call it.
     """
-    known = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-    return (int(known[0]), int(known[1])) if place()[1] > 1 and all(known) else (0, 1)  # type: ignore
+    files = Path("/proc/self/ns/mnt"), Path("/proc/sys/kernel/random/boot_id")
+    known = [str(files[0].readlink()), files[1].read_text()] if files[0].is_symlink() else []
+    every = each(lambda: [platform.node(), *known])
+    ranks = [rank for rank, one in enumerate(every) if one == every[place()[0]]]
+    return ranks.index(place()[0]), ranks
 
 
 def share(trainer: Any) -> tuple[int, int]:
@@ -80,18 +86,40 @@ def first(make: Callable[[], T]) -> T:
     rank, world = place()
     if world == 1:
         return make()
-    box: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            box[0] = make()
-        except UserError as error:
-            box[1] = error
-        except Exception as error:  # as words: not every error can be sent
-            box[1] = RuntimeError(f"{type(error).__name__} in the first process: {error}")
+    box = [made(make) if rank == 0 else None]
     distributed.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+    return opened(box[0])
+
+
+def each(make: Callable[[], T]) -> list[T]:
+    """What every process makes, in every process, that of the first first. Every process has to
+    call it.
+
+    Where one fails, all fail.
+    """
+    _, world = place()
+    if world == 1:
+        return [make()]
+    boxes: list[Any] = [None] * world
+    distributed.all_gather_object(boxes, made(make))
+    return [opened(box) for box in boxes]
+
+
+def made(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What is made, or why it is not, as it can be sent."""
+    try:
+        return make(), None
+    except (UserError, OSError) as error:
+        return None, error
+    except Exception as error:  # as words: not every error can be sent
+        return None, RuntimeError(f"{type(error).__name__} in process {place()[0]}: {error}")
+
+
+def opened(box: Any) -> Any:
+    value, error = box
+    if error is not None:
+        raise error
+    return value
 
 
 def barrier() -> None:

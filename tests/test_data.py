@@ -590,6 +590,55 @@ def hub(path: str | list[str], tmp_path: Path, **kwargs: object) -> Hub:
     return Hub(path, **(arguments | kwargs))  # type: ignore[arg-type]
 
 
+def test_captions_in_a_file_beside_each_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos"
+    plain(*(root / "cats" / f"{name}.png" for name in "abc"))
+    for name in "abc":
+        (root / "cats" / f"{name}.txt").write_text(f"\n a cat {name} \n")
+    (root / "notes.txt").write_text("not a caption")
+    data = hub(str(root), tmp_path)
+    found = dict(zip(levels(data), data.rows("train").values or (), strict=True))
+    assert found | dict(zip(levels(data, "val"), data.rows("val").values or (), strict=True)) == {
+        0: "a cat a",
+        1: "a cat b",
+        2: "a cat c",
+    }
+    assert (
+        "3 pictures" in (said := capsys.readouterr().err) and "1 not pictures (notes.txt)" in said
+    )
+    (root / "cats" / "b.txt").write_text("one\n\ntwo\n")  # lines: several captions
+    data = hub(str(root), tmp_path, split="all", val_split=None)
+    every = [first for split in data.splits for first in data.rows(split).every()]
+    assert sorted(every) == [("a cat a",), ("a cat c",), ("one", "two")]
+    (root / "cats" / "b.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"1 of \d rows have no caption in column 'caption'.*b\.png"
+    ):
+        data = hub(str(root), tmp_path)
+        data.rows("train"), data.rows("val")
+
+
+@pytest.mark.parametrize("column", ["caption", "text"])
+def test_the_column_of_captions_is_found(column: str, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    plain(root / "cats" / "a.png", root / "dogs" / "b.png")
+    data = hub(str(root), tmp_path)
+    assert sorted([*data.values("train"), *data.values("val")]) == ["cats", "dogs"]  # type: ignore
+    lines = [{"file_name": f, column: f[:4]} for f in ("cats/a.png", "dogs/b.png")]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = hub(str(root), tmp_path)
+    assert data.caption == column and data.names() == ["cats", "dogs"]
+
+
+def test_pictures_that_are_no_squares(tmp_path: Path) -> None:
+    data = hub(folder(tmp_path / "photos", 4), tmp_path, size=[8, 16])
+    assert data.shape == (3, 8, 16) == data.rows("train").x.shape[1:]
+    with pytest.raises(UserError, match=r"data.size is \[4, 16\]; a picture needs sides of at"):
+        hub(str(tmp_path / "photos"), tmp_path, size=[4, 16])
+
+
 def test_folder_of_images(tmp_path: Path) -> None:
     data = hub(folder(tmp_path / "photos", 40), tmp_path)
     data.prepare_data()

@@ -7,9 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import distributed
 
-from pipeline.distributed import first, gather, in_turn, join, place, share, total
+from pipeline.data import Hub, pictures
+from pipeline.distributed import (
+    each,
+    first,
+    gather,
+    in_turn,
+    join,
+    on_machine,
+    place,
+    share,
+    total,
+)
+from pipeline.errors import UserError
 
 
 def refuse() -> None:
@@ -20,8 +33,9 @@ def test_alone() -> None:
     x = torch.arange(6.0).view(3, 2)
     assert place() == (0, 1) and share(None) == share(object()) == (0, 1)
     assert first(lambda: 7) == in_turn(lambda: 7) == 7
+    assert each(lambda: 7) == [7] and on_machine() == (0, [0])
     assert gather(x) is x and total(x) is x
-    for make in (first, in_turn):
+    for make in (first, in_turn, each):
         with pytest.raises(ValueError, match="no such thing"):
             make(refuse)
 
@@ -42,6 +56,29 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
         assert device == "cuda:1"
 
 
+def full() -> None:
+    raise OSError(28, "no space on the disk")
+
+
+def decoded(folder: Path) -> list[Any]:
+    """What `Hub` decodes of seven pictures here, and what it says of a folder with a broken one.
+
+    How many pictures this process has decoded itself is the first.
+    """
+    own: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        decode = pictures.decode
+        patch.setattr(pictures, "decode", lambda *args: own.append(1) or decode(*args))
+        data = Hub(str(folder / "seven"), None, size=8, cache_dir=str(folder / "cache"))
+        data.prepare_data()
+        data.setup()
+    broken = Hub(str(folder / "broken"), None, size=8, cache_dir=str(folder / "cache"))
+    with pytest.raises(UserError) as caught:
+        broken.setup()
+    rows = [torch.tensor(data.rows(split).x[:, :, 0, 0]) for split in data.splits]
+    return [len(own), *rows, str(caught.value)]
+
+
 COUNTS = [(3, 0), (0, 3), (2, 1), (0, 0)]
 
 
@@ -59,12 +96,16 @@ def process(rank: int, port: int, folder: str) -> None:
             for make in (refuse, lambda: refuse() if rank == 0 else None):
                 with pytest.raises(RuntimeError, match="ValueError.*no such thing"):
                     first(make)
+            found["each"] = each(lambda: ["made by", rank]), on_machine()
+            with pytest.raises(OSError, match="disk"):  # as the system said it, in both
+                each(lambda: full() if rank == 0 else None)
             x = torch.tensor([1.0, rank])
             found["total"] = total(x), x
             file = Path(folder) / "written"
             found["in_turn"] = in_turn(lambda: file.exists() or file.touch())
             with pytest.raises(ValueError, match="no such thing"):
                 in_turn(refuse)
+            found["decoded"] = decoded(Path(folder))
             torch.save(found, Path(folder) / f"{rank}.pt")
     assert not distributed.is_initialized()
 
@@ -73,6 +114,11 @@ def test_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for name in ("seven", "broken"):
+        (tmp_path / name).mkdir()
+        for k in range(7):
+            Image.new("RGB", (8, 8), (k, k, k)).save(tmp_path / name / f"{k}.png")
+    (tmp_path / "broken" / "5.png").write_bytes(b"no picture")
     torch.multiprocessing.spawn(process, (port, str(tmp_path)), nprocs=2)
     rows = torch.arange(6).view(3, 2)
     for rank in range(2):
@@ -82,4 +128,10 @@ def test_two_processes(tmp_path: Path) -> None:
             assert torch.equal(gathered, rows[: sum(counts)])
         assert found["first"] == ["made by", 0]
         assert all(x.tolist() == [2.0, 1.0] for x in found["total"])
+        assert found["each"] == ([["made by", 0], ["made by", 1]], (rank, [0, 1]))
+        count, train, val, said = found["decoded"]
+        assert count == 3 + rank and len(train) == 6  # the half of six, and one of one
+        assert sorted([*train[:, 0].tolist(), *val[:, 0].tolist()]) == list(range(7))
+        assert "1 of 6 pictures" in said and f"({tmp_path}/broken/5.png: no image" in said
+        assert not list((tmp_path / "cache").glob("**/*.part"))
         assert found["in_turn"] == (True if rank else None)  # the other found what one wrote

@@ -158,7 +158,8 @@ def embed_distinct(
         bar.update(sum(size for shard, size in zip(found, sizes, strict=True) if shard))
         # shared by all; by those of this machine, where each has a disk of its own; by none, where
         # nothing can be kept
-        for turn, (rank, world) in enumerate((place(), on_machine(), (0, 1))):
+        here, ranks = on_machine()
+        for turn, (rank, world) in enumerate((place(), (here, len(ranks)), (0, 1))):
             missing = [k for k, shard in enumerate(found) if shard is None]
             for k in missing[rank::world]:
                 shard, file = Shard.of(conditioning.embed(parts[k])), files[k]

@@ -48,13 +48,14 @@ def is_picture(name: str) -> bool:
 
 
 class Listing(NamedTuple):
-    """The files below a folder, by their sorted paths from it: pictures, metadata, others, and
-    what is hidden or linked to again, which is not looked into.
+    """The files below a folder, by their sorted paths from it: pictures, metadata, captions of
+    one picture each, others, and what is hidden or linked to again, which is not looked into.
     """
 
     root: Path
     pictures: list[str]
     metadata: list[str]
+    captions: list[str]
     others: list[str]
     hidden: list[str]
     again: list[str]
@@ -62,7 +63,7 @@ class Listing(NamedTuple):
 
 def list_folder(root: Path) -> Listing:
     """Lists a folder and all below, linked folders too, each folder once."""
-    found = Listing(root, [], [], [], [], [])
+    found = Listing(root, [], [], [], [], [], [])
     seen = {os.path.realpath(root)}
 
     def kind(entry: os.DirEntry) -> list[str]:
@@ -96,6 +97,11 @@ def list_folder(root: Path) -> Listing:
         raise UserError(
             f"data.path {str(root)!r} cannot be read ({error}); give a folder that can be."
         ) from error
+    stems = {os.path.splitext(name)[0] for name in found.pictures}
+    if not found.metadata:
+        own = [f for f in found.others if f.endswith(".txt") and f[:-4] in stems]
+        found.captions.extend(own)
+        found.others[:] = set(found.others).difference(own)
     for names in found[1:]:
         names.sort()
     for name in found.pictures:
@@ -109,7 +115,7 @@ def read_folder(found: Listing, asked: Iterable[str]) -> "dict[str, datasets.Dat
     left out of the splits that are asked for: no picture is, of `all`.
     """
     asked = {canonical(name) for name in asked}
-    rows, unlisted = read_metadata(found)
+    rows, unlisted = read_captions(found) if found.captions else read_metadata(found)
     splits = [split_of(name) for name in found.pictures]
     divided = bool((asked - {"train"}) & set(splits)) or set(splits) <= {"train", "val", "test"}
     members: dict[str, list[int]] = {} if divided else {"train": []}
@@ -171,7 +177,7 @@ def make_table(
         types[column] = type_of(column, columns[column], found)
     folders = [name.split("/")[:-1] for name in found.pictures]
     depths = {len(folder) for folder in folders}
-    if not found.metadata and len(depths) == 1 and min(depths) > divided:
+    if not (found.metadata or found.captions) and len(depths) == 1 and min(depths) > divided:
         labels = [folder[-1] for folder in folders]
         columns["label"] = labels
         types["label"] = ClassLabel(names=sorted(set(labels)))
@@ -208,6 +214,18 @@ def read_metadata(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
             rows[picture], first[picture] = row, f"line {number} of {name}"
     below = tuple(f"{folder}/" if folder else "" for folder in folders)
     return rows, {name for name in pictures if name not in rows and name.startswith(below)}
+
+
+def read_captions(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The captions in the file beside each picture, one on each line; no picture is unlisted."""
+    lines = {
+        name[:-4]: [line.strip() for line in text(found.root / name).splitlines() if line.strip()]
+        for name in found.captions
+    }
+    said = {name: lines.get(os.path.splitext(name)[0], []) for name in found.pictures}
+    if max(map(len, said.values())) > 1:
+        return {name: {"caption": some} for name, some in said.items()}, set()
+    return {name: {"caption": "".join(some)} for name, some in said.items()}, set()
 
 
 def place(row: dict[str, Any], folder: str, pictures: set[str], file: Path, number: int) -> str:

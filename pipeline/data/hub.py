@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.conditioning import Conditioning
 from pipeline.data.folder import Listing, canonical, is_picture, list_folder, read_folder, say
 from pipeline.data.pictures import Fit, Pictures, cores, named
+from pipeline.distributed import place
 from pipeline.errors import UserError
 from pipeline.files import digest, sha256
 
@@ -25,40 +26,47 @@ __all__ = ["Hub"]
 HELD_OUT = 20  # one row in so many validates, where no split is named for it
 SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.parquet")
 WORDS = ("string", "large_string")
+CAPTIONS = ("caption", "text", "label")  # columns that are looked for
 DATA = (".parquet", ".arrow", ".tar")  # the files of a data set that is no folder of pictures
 
 
 class Hub(Pictures):
     """Any data set with a column of images and one of captions or classes.
 
-    Pictures are made squares of `size`, as `fit` says. A class column (`ClassLabel`) gives class
+    Pictures are made of one `size`, as `fit` says. A class column (`ClassLabel`) gives class
     names, which are prompts to a text encoder and classes to `Classes`. A column of lists of
     captions gives a picture several: one is drawn each time, and the first validates.
 
     A folder with more pictures than parquet files is a folder of pictures: all of them, in folders
     below and linked ones too, in the order of their paths; what is left out is said. Captions are
     in metadata.jsonl, .csv or .parquet, in the folder or below, by `file_name`; what these do not
-    list is left out. Without them, the names of the folders that pictures lie in are column
-    `label`. The folder is one split, `train`, unless all pictures lie in P/train, P/val or P/test,
-    or `split` or `val_split` names another folder directly below: these are splits then.
+    list is left out. Without them, captions are in a file beside each picture, `cat.txt` for
+    `cat.png`, one on each line; without these too, the names of the folders that pictures lie in
+    are column `label`. The folder is one split, `train`, unless all pictures lie in P/train, P/val
+    or P/test, or `split` or `val_split` names another folder directly below: these are splits
+    then.
 
     Arguments:
         path: A data set on the Hub, a folder (of pictures, or of parquet files), or parquet files:
             one, a list, or a pattern such as `photos/*.parquet`.
         conditioning: What turns a caption or class name into u, or None.
         image: The column of images.
-        caption: The column of captions, lists of captions, or classes.
+        caption: The column of captions, lists of captions, or classes; by default the first that
+            there is of `caption`, `text` and `label`.
         labels: Columns of words or classes that the evaluation reads back from the pictures, by a
             judge that it teaches to: `[style, subject]`.
         split: The split to train on; `all` is every row of every split.
         val_split: The split to validate on, which shares no row with `split`; null holds out one
             in twenty training rows, the same in every run.
-        size: The side of a picture in pixels.
+        size: The side of a picture in pixels; or its height and its width, `[48, 64]`.
         channels: 3 for colour, 1 for grey.
-        fit: How a picture that is no square becomes one: `crop` cuts out the middle, `pad` adds
+        fit: How a picture of another shape is made to fit: `crop` cuts out the middle, `pad` adds
             white on both sides, `squeeze` brings height and width to `size` each.
         flip: Whether half of the training pictures are mirrored; wrong where captions or pictures
             tell left from right.
+        autoencoder: A frozen `AutoencoderKL` of diffusers, a folder or a name on the Hub, whose
+            latents are learned in place of pixels; those of all pictures are kept. By default
+            pixels are learned.
         batch_size: The size of a global batch: all devices together.
         seed: What decides the order and the flips.
         workers: Loader processes.
@@ -72,14 +80,15 @@ class Hub(Pictures):
         path: str | list[str],
         conditioning: Conditioning | None,
         image: str = "image",
-        caption: str = "caption",
+        caption: str | None = None,
         labels: Sequence[str] = (),
         split: str = "train",
         val_split: str | None = None,
-        size: int = 32,
+        size: int | tuple[int, int] = 32,
         channels: int = 3,
         fit: Fit = "crop",
         flip: bool = False,
+        autoencoder: str | None = None,
         batch_size: int = 32,
         seed: int = 0,
         workers: int = 0,
@@ -91,16 +100,36 @@ class Hub(Pictures):
             size,
             channels,
             fit,
+            autoencoder,
             batch_size=batch_size,
             seed=seed,
             workers=workers,
             cache_dir=cache_dir,
             table_gib=table_gib,
         )
-        self.path, self.image, self.caption = path, image, caption
+        self.path, self.image, self.asked_caption = path, image, caption
         self.split, self.val_split, self.flip = split, val_split, flip
         self.labels = list(labels)
+        if flip and autoencoder:
+            raise UserError(
+                "data.flip mirrors pictures and not latents, which are kept: set data.flip to "
+                "false, or data.autoencoder to null."
+            )
         self._downloads = str(self.cache / "datasets") if cache_dir else None
+
+    def prepare_data(self) -> None:
+        """Reads the rows, once per node, and decodes; several processes do that in `setup`."""
+        if place()[1] == 1:
+            super().prepare_data()
+        else:
+            for split in self.splits:
+                self.dataset(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        for split in self.splits:
+            if split not in self._rows:
+                self._rows[split] = self.source(split, together=place()[1] > 1)
+        super().setup(stage)
 
     @cached_property
     def folder(self) -> Listing | None:
@@ -241,6 +270,12 @@ class Hub(Pictures):
         if self.folder:
             return digest(hashes([Path(image["path"]) for image in rows[:][self.image]]))
         return f"{rows._fingerprint} {rows.cache_files} {self.image}"
+
+    @cached_property
+    def caption(self) -> str:
+        """The column of captions."""
+        there = self.dataset("train").features
+        return self.asked_caption or next((one for one in CAPTIONS if one in there), CAPTIONS[0])
 
     def values(self, split: str) -> list[str] | None:
         """Captions or class names, row by row; none are read for an unconditional model."""

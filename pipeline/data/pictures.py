@@ -1,4 +1,4 @@
-"""Pictures are decoded once, to a uint8 memory map (N, C, size, size) that later runs open as it
+"""Pictures are decoded once, to a uint8 memory map (N, C, H, W) that later runs open as it
 is.
 
 The map's name is a digest of what decides its bytes (the data set's fingerprint, size, channels,
@@ -6,7 +6,7 @@ the version of the rule below). It is written beside its place and moved there w
 run that dies leaves nothing half-made. It ends with a checksum of its name and bytes, which is
 verified when it is opened: a map that was changed or cut, or is another's, is made anew.
 
-Rule: turned upright (EXIF), laid on white where transparent, made a square as `fit` says, with a
+Rule: turned upright (EXIF), laid on white where transparent, made to fit as `fit` says, with a
 Lanczos filter; 16 bits of grey are brought to 8. An unreadable picture stops the run with its row;
 guessing around it would change the data in silence.
 """
@@ -19,21 +19,25 @@ import shutil
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from pipeline.codec import Pixels
 from pipeline.conditioning import Conditioning
-from pipeline.data.base import DataModule, Source
+from pipeline.data.base import DataModule, Rows, Source
+from pipeline.distributed import each, on_machine
 from pipeline.errors import UserError
 from pipeline.files import digest, whole
+from pipeline.latents import Latents
 
 if TYPE_CHECKING:
     import datasets
@@ -50,10 +54,12 @@ class Pictures(DataModule):
     `Image(decode=False)`.
 
     Arguments:
-        size: The side of a picture in pixels.
+        size: The side of a picture in pixels; or its height and its width, `[48, 64]`.
         channels: 3 for colour, 1 for grey.
-        fit: How a picture that is no square becomes one: `crop` cuts out the middle, `pad` adds
+        fit: How a picture of another shape is made to fit: `crop` cuts out the middle, `pad` adds
             white on both sides, `squeeze` brings height and width to `size` each.
+        autoencoder: What makes latents of pictures, see `pipeline.latents.Latents`; by default
+            pixels are learned.
         batch_size: The size of a global batch: all devices together.
         seed: What decides the order, and what a subclass draws.
         workers: Loader processes.
@@ -67,21 +73,25 @@ class Pictures(DataModule):
     def __init__(
         self,
         conditioning: Conditioning | None,
-        size: int = 32,
+        size: int | tuple[int, int] = 32,
         channels: int = 3,
         fit: Fit = "crop",
+        autoencoder: str | None = None,
         batch_size: int = 32,
         seed: int = 0,
         workers: int = 0,
         cache_dir: str | None = None,
         table_gib: float = 1.0,
     ) -> None:
-        if size < 8:
-            raise UserError(f"data.size is {size}; a picture needs a side of at least 8 pixels.")
-        codec = Pixels(channels, size, size)
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 8:
+            raise UserError(f"data.size is {size}; a picture needs sides of at least 8 pixels.")
+        self.picture = (channels, height, width)
+        codec = Latents(autoencoder, *self.picture) if autoencoder else Pixels(*self.picture)
         super().__init__(codec, conditioning, batch_size, seed, workers, cache_dir, table_gib)
         self.size, self.channels = size, channels
         self.fit: Fit = fit
+        self._latents: dict[str, np.ndarray] = {}
 
     @abstractmethod
     def dataset(self, split: str) -> "datasets.Dataset":
@@ -102,14 +112,26 @@ class Pictures(DataModule):
         """The number by which a person knows a row of a split."""
         return row
 
-    def source(self, split: str) -> Source:
+    def source(self, split: str, together: bool = False) -> Source:
+        """The rows of a split, decoded where they are not kept yet.
+
+        Arguments:
+            split: Its name.
+            together: Whether all processes call this, to decode together.
+        """
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
         key = digest(VERSION, self.fingerprint(split), self.size, self.channels, self.fit)
         path = self.cache / "pictures" / f"{key[:32]}.npy"
-        if not is_sound(path):
+        sound = is_sound(path)
+        if not (all(each(lambda: sound)) if together else sound):
             images = self.dataset(split).select_columns([self.image])
+
+            def make(start: int, end: int, quiet: bool) -> Iterator[np.ndarray | str]:
+                some = images.select(range(start, end))
+                return decoded(some, self.picture, self.fit, f"decoding {split}", quiet)
+
             try:
-                write_map(path, images, self.shape, self.fit, f"decoding {split}")
+                write_map(path, len(images), self.picture, np.uint8, make, together)
             except Unreadable as error:
                 count, row, why = error.args
                 raise UserError(
@@ -119,31 +141,94 @@ class Pictures(DataModule):
                 ) from None
         return Source(np.load(path, mmap_mode="r"), values, self.more(split))
 
+    def setup(self, stage: str | None = None) -> None:
+        """And keeps the latents of all pictures, where they are learned."""
+        super().setup(stage)
+        for split in self.splits if isinstance(self.codec, Latents) else ():
+            if split not in self._latents:
+                self._latents[split] = self.latents(split, self.codec)
+
+    def latents(self, split: str, codec: Latents) -> np.ndarray:
+        pictures: Any = self.rows(split).x
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        key = digest("latents", VERSION, Path(pictures.filename).name, codec.weights)
+        path = self.cache / "latents" / f"{key[:32]}.npy"
+        sound = is_sound(path)
+        if not all(each(lambda: sound)):
+
+            def make(start: int, end: int, quiet: bool) -> Iterator[np.ndarray]:
+                some = codec.kept(pictures[start:end], device)
+                return tqdm(some, f"encoding {split}", end - start, disable=quiet or None)
+
+            write_map(path, len(pictures), codec.shape, np.float32, make, together=True)
+            codec.autoencoder.to("cpu")  # the device's memory is for the training
+        return np.load(path, mmap_mode="r")
+
+    def gathering(self, split: str) -> Rows:
+        rows = super().gathering(split)
+        rows.x = self._latents.get(split, rows.x)
+        return rows
+
 
 class Unreadable(Exception):
     """How many pictures cannot be read, the first one's row, and why."""
 
 
 def write_map(
-    path: Path, images: "datasets.Dataset", shape: tuple[int, ...], fit: Fit, title: str
+    path: Path,
+    number: int,
+    shape: tuple[int, ...],
+    dtype: type,
+    make: Callable[[int, int, bool], Iterable[np.ndarray | str]],
+    together: bool = False,
 ) -> None:
-    """Decodes a data set of one column, pictures, to `path`, all or nothing."""
-    make_room(path.parent, len(images) * math.prod(shape))
-    with whole(path) as part:
-        rows = np.lib.format.open_memmap(part, "w+", np.uint8, (len(images), *shape))
-        broken = []
-        for row, picture in enumerate(decoded(images, shape, fit, title)):
-            if isinstance(picture, str):
-                broken.append((row, picture))
+    """Writes the rows of a memory map, all or nothing.
+
+    Arguments:
+        path: The file.
+        number: The number of rows.
+        shape: The shape of a row.
+        dtype: Its type.
+        make: Makes the rows from one to another, each or the reason why there is none; says how
+            far it is unless the last argument is true.
+        together: Whether every process calls this, and those of a machine make a part each.
+
+    Raises:
+        Unreadable: Some rows could not be made.
+    """
+    (rank, ranks), every = (on_machine(), each) if together else ((0, [0]), lambda make: [make()])
+
+    def begin() -> Path | None:
+        if part is not None:
+            make_room(path.parent, number * math.prod(shape) * np.dtype(dtype).itemsize)
+            np.lib.format.open_memmap(part, "w+", dtype, (number, *shape)).flush()
+        return part
+
+    def fill() -> list[tuple[int, str]]:
+        rows, broken = np.load(begun, mmap_mode="r+"), []
+        start, end = (k * number // len(ranks) for k in (rank, rank + 1))
+        for k, row in enumerate(make(start, end, rank > 0), start):
+            if isinstance(row, str):
+                broken.append((k, row))
             else:
-                rows[row] = picture
+                rows[k] = row
+        rows.flush()
+        return broken
+
+    def end() -> None:
+        if part is not None:
+            sealed = seal(part, path.name, part.stat().st_size)
+            with part.open("ab") as file:
+                file.write(sealed)
+
+    with whole(path) if rank == 0 else nullcontext() as part:
+        begun: Any = every(begin)[ranks[0]]  # of this machine's first
+        broken = sorted({one for some in every(fill) for one in some})
         if broken:
             raise Unreadable(len(broken), *broken[0])
-        rows.flush()
-        sealed = seal(part, path.name, part.stat().st_size)
-        with part.open("ab") as file:
-            file.write(sealed)
-    rank_zero_info(f"Kept {len(images)} decoded pictures in {path}.")
+        every(end)
+    every(lambda: None)  # it has its name now
+    rank_zero_info(f"Kept {number} {path.parent.name} in {path}.")
 
 
 def seal(file: Path, name: str, size: int) -> bytes:
@@ -174,7 +259,7 @@ def is_sound(path: Path) -> bool:
 
 
 def decoded(
-    images: "datasets.Dataset", shape: tuple[int, ...], fit: Fit, title: str
+    images: "datasets.Dataset", shape: tuple[int, ...], fit: Fit, title: str, quiet: bool
 ) -> Iterator[np.ndarray | str]:
     """Each row's picture, or the reason why there is none.
 
@@ -184,7 +269,7 @@ def decoded(
 
     def read(image: dict | None) -> np.ndarray | str:
         try:
-            return decode(image, shape[-1], shape[0], fit)
+            return decode(image, (shape[1], shape[2]), shape[0], fit)
         except UnidentifiedImageError:
             return f"{named(image)}: no image that Pillow knows"
         except Exception as error:  # Pillow raises whatever a broken file provokes
@@ -192,7 +277,7 @@ def decoded(
 
     with (
         ThreadPoolExecutor(cores()) as pool,
-        tqdm(total=len(images), desc=title, unit=" pictures", disable=None) as bar,
+        tqdm(total=len(images), desc=title, unit=" pictures", disable=quiet or None) as bar,
     ):
         for some in images.iter(256):
             for picture in pool.map(read, *some.values()):  # type: ignore[union-attr]
@@ -204,16 +289,19 @@ def named(image: dict | None) -> str:
     return (image or {}).get("path") or "no file name"
 
 
-def decode(image: dict | None, size: int, channels: int, fit: Fit = "crop") -> np.ndarray:
-    """An encoded image {bytes, path} → uint8 (C, size, size)."""
+def decode(
+    image: dict | None, size: int | tuple[int, int], channels: int, fit: Fit = "crop"
+) -> np.ndarray:
+    """An encoded image {bytes, path} → uint8 (C, height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
     if not image or not (image.get("bytes") or image.get("path")):
         raise ValueError("it is empty")
     with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
         picture = flatten(eight_bits(ImageOps.exif_transpose(opened)))
     if channels == 1:
         picture = picture.convert("L")
-    if picture.size != (size, size):
-        picture = squares[fit](picture, (size, size), Image.Resampling.LANCZOS)
+    if picture.size != (width, height):
+        picture = fits[fit](picture, (width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -222,7 +310,7 @@ def padded(picture: Image.Image, size: tuple[int, int], by: Image.Resampling) ->
     return ImageOps.pad(picture, size, by, color="white")
 
 
-squares = {"crop": ImageOps.fit, "pad": padded, "squeeze": Image.Image.resize}
+fits = {"crop": ImageOps.fit, "pad": padded, "squeeze": Image.Image.resize}
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
