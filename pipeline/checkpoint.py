@@ -173,9 +173,8 @@ class Checkpoint:
                 run kept; see `pipeline.averaging`.
         """
         denoiser = self.part("denoiser", Denoiser)
-        weights = self.weights(average)
         try:
-            denoiser.load_state_dict({k.removeprefix(PREFIX): w for k, w in weights.items()})
+            denoiser.load_state_dict(self.weights(average))
         except (RuntimeError, TypeError, AttributeError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[min(1, len(lines) - 1)].strip()
@@ -185,6 +184,10 @@ class Checkpoint:
         return denoiser.eval().requires_grad_(False)
 
     def weights(self, average: str | None = None) -> dict[str, Tensor]:
+        """The weights of the denoiser, by name; see `denoiser`."""
+        return {k.removeprefix(PREFIX): w for k, w in self._weights(average).items()}
+
+    def _weights(self, average: str | None) -> dict[str, Tensor]:
         trained, kept = self.content["state_dict"], averages(self.content)
         name = average or next(iter(kept), "trained")
         if name == "trained" or name in kept:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tiny import CALLBACKS, ROOT, command, contents, equal, fit, launch, read
 from pipeline.callbacks import Last
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
+from pipeline.doors.fit import begin
 from pipeline.errors import UserError
 from pipeline.experiment import Experiment, WholeFiles, new_run, newest_config, own_plugins
 
@@ -465,3 +467,29 @@ def test_callbacks_of_ones_own_are_added(tmp_path: Path) -> None:
         plan.cls.__name__ for plan in experiment.plan.arguments["trainer"].arguments["callbacks"]
     ]
     assert kinds[-1] == "Evaluation" and len(kinds) == 1 + len(CALLBACKS)
+
+
+def test_a_run_begins_with_the_weights_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them where the model is the same; with other conditions, but for those that read
+    them, which are named.
+    """
+    old = fit(tmp_path / "old", steps=2)
+    begun = Checkpoint(old).weights()
+    run = fit(tmp_path / "same", "--init_from", str(old), "--model.optimizer.lr", "0", steps=1)
+    said = capsys.readouterr().err
+    assert f"{len(begun)} of {len(begun)} weights are those of {old}" in said
+    assert "anew" not in said and equal(Checkpoint(run).weights("trained"), begun)
+
+    more = ["--init_from", str(old), "--model.optimizer.lr", "0", "--data.conditioning"]
+    classes = "{class_path: pipeline.conditioning.Classes}"
+    run = fit(tmp_path / "classes", *more, classes, steps=1)
+    said = capsys.readouterr().err
+    anew = said.split("begun anew: ")[1].split(".\n")[0].split("; ")[0].split(", ")
+    found = Checkpoint(run).weights("trained")
+    assert anew and all("network.modulate" in name for name in anew), anew
+    assert all(equal(found[name], begun[name]) for name in found if name not in anew)
+
+    with pytest.raises(UserError, match="no weight of it fits this network"):
+        begin(SimpleNamespace(denoiser=torch.nn.Linear(2, 2)), Checkpoint(old))  # type: ignore

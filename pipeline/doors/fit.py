@@ -4,9 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from pipeline.doors.shared import add_configuration, say_configuration
 from pipeline.errors import UserError, code_of
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.module import ScoreModule
 
 SUMMARY = "train a model from a YAML experiment"
 FREE = ("",)  # options: any key of an experiment
@@ -50,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", metavar="FOLDER", help="where to write (default: runs/EXPERIMENT/TIME)"
     )
     parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint to go on from")
+    parser.add_argument(
+        "--init_from",
+        metavar="RUN",
+        help="begin with the weights of another run, or checkpoint, where they fit; what does "
+        "not, such as what reads another encoder, begins anew and is listed",
+    )
 
 
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
@@ -74,6 +85,8 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             goes_on |= checkpoint.path.resolve().parent == experiment.run.resolve()
             step = checkpoint.content["global_step"]
             del checkpoint
+        elif args.init_from is not None:
+            trainer.print(begin(model, Checkpoint(args.init_from)), file=sys.stderr)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             experiment.open_run(trainer, line, step if goes_on else None)
         made = quote(str(experiment.run))
@@ -93,6 +106,25 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     trainer.print(f"Trained {trainer.global_step} steps.", file=sys.stderr)
     trainer.print(f"Draw with:   python -m pipeline generate --checkpoint {made}", file=sys.stderr)
     return 0
+
+
+def begin(model: "ScoreModule", other: "Checkpoint") -> str:
+    """Give a denoiser the averaged weights of another one, by name, where their shapes are the
+    same; what was done, in words.
+    """
+    mine, given = model.denoiser.state_dict(), other.weights()
+    fit = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
+    if not fit:
+        raise UserError(
+            f"--init_from {other.path}: no weight of it fits this network; name another, or "
+            "change model.denoiser.network."
+        )
+    model.denoiser.load_state_dict(fit, strict=False)
+    left = [name for name in mine if name not in fit]
+    listed = f"; begun anew: {', '.join(left)}" if left else ""
+    unused = [name for name in given if name not in fit and name not in mine]
+    more = f"; not taken: {', '.join(unused)}" if unused else ""
+    return f"{len(fit)} of {len(mine)} weights are those of {other.path}{listed}{more}."
 
 
 def said(error: BaseException) -> BaseException:
