@@ -1,5 +1,6 @@
 """Objects from YAML: what is wanted is made, and what goes wrong is one sentence."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.building import Config, brief, build, describe, dump, explain, make
+from pipeline.building import Config, Part, brief, build, describe, dump, explain, make
 from pipeline.conditioning import Classes
 from pipeline.data import DataModule, Points
 from pipeline.denoisers import EDM, Denoiser, Energy
@@ -220,6 +221,48 @@ def test_a_part_is_built_again_from_what_it_says(part: Any) -> None:
     again = build(node, type(part))
     assert type(again) is type(part) and describe(again) == node
     assert brief(part)["class"] == type(part).__name__
+
+
+class Above(Part):
+    def __init__(self, kept: int, size: int = 1, seed: int = 2, rate: float = 0.5) -> None:
+        self.told = kept, size, seed, rate
+
+
+class Between(Above):
+    size = 7  # fixed
+
+    def __init__(self, name: str, rate: float = 0.25, **more: Any) -> None:
+        super().__init__(0, self.size, rate=rate, **more)
+
+
+class Below(Between):
+    pass
+
+
+def test_more_are_the_arguments_of_the_class_above() -> None:
+    given = {"name": "a", "seed": 5}
+    plan = Config(options=["--part.class_path", f"{__name__}.Below"])
+    for key, value in given.items():
+        plan.set(f"part.{key}", value)
+    made = make(plan.resolve("part", Above))
+    assert made.told == (0, 7, 5, 0.25)
+    assert describe(made)["init_args"] == {"name": "a", "rate": 0.25, "seed": 5}
+    assert [*inspect.signature(Below).parameters] == ["name", "rate", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("size", 3, "not an argument"),
+        ("kept", 3, "not an argument"),
+        ("seed", "x", "expected int"),
+    ],
+)
+def test_more_are_checked(key: str, value: object, said: str) -> None:
+    config = Config(options=["--part.class_path", f"{__name__}.Below", "--part.name", "a"])
+    config.set(f"part.{key}", value)
+    with pytest.raises(UserError, match=said):
+        config.resolve("part", Above)
 
 
 def test_a_copy_says_the_same() -> None:

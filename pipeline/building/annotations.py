@@ -93,10 +93,12 @@ def signature(function: Callable) -> Mapping[str, inspect.Parameter]:
 
 def hints_of(function: Callable) -> dict[str, Any]:
     """The annotations of the arguments of a function or a class, where they can be read."""
+    is_class = isinstance(function, type)
     try:
-        return get_type_hints(function.__init__ if isinstance(function, type) else function)
+        found = get_type_hints(function.__init__ if is_class else function)
     except (NameError, TypeError):  # a name that only type checkers import
         return {}
+    return hints_of(function.__base__) | found if is_class and "more" in found else found  # type: ignore
 
 
 def concrete(family: type) -> Iterator[type]:

@@ -10,7 +10,23 @@ __all__ = ["Part", "brief", "describe"]
 
 
 class Part:
-    """What a node can name and a checkpoint describe: it remembers its class and its arguments."""
+    """What a node can name and a checkpoint describe: it remembers its class and its arguments.
+
+    `**more` of a constructor are the arguments of the class above that have defaults, but for
+    those that the class itself has as attributes: it passes them on.
+    """
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        cls.__signature__ = None  # not what stands there for the class above
+        told = inspect.signature(cls)
+        if "more" in told.parameters:
+            names = dict(told.parameters)
+            del names["more"]
+            for name, one in inspect.signature(cls.__base__).parameters.items():  # type: ignore
+                if name not in names and name not in vars(cls) and one.default is not one.empty:
+                    names[name] = one.replace(kind=one.KEYWORD_ONLY)
+            cls.__signature__ = told.replace(parameters=list(names.values()))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)

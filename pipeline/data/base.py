@@ -155,7 +155,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         codec: What makes x of a row.
         conditioning: What turns a row's value into u, or None for an unconditional model.
         batch_size: The size of a global batch: all devices together.
-        seed: What decides the order, and what a subclass draws.
+        seed: What decides the order, the flips, and what a subclass draws.
         workers: Loader processes. Gathering rows takes microseconds, so 0 is right for all but a
             slow file system.
         cache_dir: Where decoded pictures and embeddings are kept; by default

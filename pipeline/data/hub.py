@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.conditioning import Conditioning
 from pipeline.data.folder import Listing, canonical, is_picture, list_folder, read_folder, say
-from pipeline.data.pictures import Fit, Pictures, cores, named
+from pipeline.data.pictures import Pictures, cores, named
 from pipeline.distributed import place
 from pipeline.errors import UserError
 from pipeline.files import digest, sha256
@@ -58,21 +58,9 @@ class Hub(Pictures):
         split: The split to train on; `all` is every row of every split.
         val_split: The split to validate on, which shares no row with `split`; null holds out one
             in twenty training rows, the same in every run.
-        size: The side of a picture in pixels; or its height and its width, `[48, 64]`.
-        channels: 3 for colour, 1 for grey.
-        fit: How a picture of another shape is made to fit: `crop` cuts out the middle, `pad` adds
-            white on both sides, `squeeze` brings height and width to `size` each.
         flip: Whether half of the training pictures are mirrored; wrong where captions or pictures
             tell left from right.
-        autoencoder: A frozen `AutoencoderKL` of diffusers, a folder or a name on the Hub, whose
-            latents are learned in place of pixels; those of all pictures are kept. By default
-            pixels are learned.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order and the flips.
-        workers: Loader processes.
-        cache_dir: Where pictures and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
-        table_gib: See :class:`pipeline.data.DataModule`.
+        more: See :class:`pipeline.data.Pictures`.
     """
 
     def __init__(
@@ -84,38 +72,19 @@ class Hub(Pictures):
         labels: Sequence[str] = (),
         split: str = "train",
         val_split: str | None = None,
-        size: int | tuple[int, int] = 32,
-        channels: int = 3,
-        fit: Fit = "crop",
         flip: bool = False,
-        autoencoder: str | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        table_gib: float = 1.0,
+        **more: Any,
     ) -> None:
-        super().__init__(
-            conditioning,
-            size,
-            channels,
-            fit,
-            autoencoder,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            cache_dir=cache_dir,
-            table_gib=table_gib,
-        )
+        super().__init__(conditioning, **more)
         self.path, self.image, self.asked_caption = path, image, caption
         self.split, self.val_split, self.flip = split, val_split, flip
         self.labels = list(labels)
-        if flip and autoencoder:
+        if flip and more.get("autoencoder"):
             raise UserError(
                 "data.flip mirrors pictures and not latents, which are kept: set data.flip to "
                 "false, or data.autoencoder to null."
             )
-        self._downloads = str(self.cache / "datasets") if cache_dir else None
+        self._downloads = str(self.cache / "datasets") if more.get("cache_dir") else None
 
     def prepare_data(self) -> None:
         """Reads the rows, once per node, and decodes; several processes do that in `setup`."""

@@ -58,14 +58,10 @@ class Pictures(DataModule):
         channels: 3 for colour, 1 for grey.
         fit: How a picture of another shape is made to fit: `crop` cuts out the middle, `pad` adds
             white on both sides, `squeeze` brings height and width to `size` each.
-        autoencoder: What makes latents of pictures, see `pipeline.latents.Latents`; by default
+        autoencoder: A frozen `AutoencoderKL` of diffusers, a folder or a name on the Hub, whose
+            latents are learned in place of pixels; those of all pictures are kept. By default
             pixels are learned.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order, and what a subclass draws.
-        workers: Loader processes.
-        cache_dir: Where pictures and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
-        table_gib: See :class:`pipeline.data.DataModule`.
+        more: See :class:`pipeline.data.DataModule`.
     """
 
     image = "image"
@@ -77,18 +73,14 @@ class Pictures(DataModule):
         channels: int = 3,
         fit: Fit = "crop",
         autoencoder: str | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        table_gib: float = 1.0,
+        **more: Any,
     ) -> None:
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < 8:
             raise UserError(f"data.size is {size}; a picture needs sides of at least 8 pixels.")
         self.picture = (channels, height, width)
         codec = Latents(autoencoder, *self.picture) if autoencoder else Pixels(*self.picture)
-        super().__init__(codec, conditioning, batch_size, seed, workers, cache_dir, table_gib)
+        super().__init__(codec, conditioning, **more)
         self.size, self.channels = size, channels
         self.fit: Fit = fit
         self._latents: dict[str, np.ndarray] = {}
@@ -144,9 +136,10 @@ class Pictures(DataModule):
     def setup(self, stage: str | None = None) -> None:
         """And keeps the latents of all pictures, where they are learned."""
         super().setup(stage)
-        for split in self.splits if isinstance(self.codec, Latents) else ():
+        codec = self.codec
+        for split in self.splits if isinstance(codec, Latents) else ():
             if split not in self._latents:
-                self._latents[split] = self.latents(split, self.codec)
+                self._latents[split] = self.latents(split, codec)
 
     def latents(self, split: str, codec: Latents) -> np.ndarray:
         pictures: Any = self.rows(split).x
@@ -156,7 +149,7 @@ class Pictures(DataModule):
         sound = is_sound(path)
         if not all(each(lambda: sound)):
 
-            def make(start: int, end: int, quiet: bool) -> Iterator[np.ndarray]:
+            def make(start: int, end: int, quiet: bool) -> Iterable[np.ndarray]:
                 some = codec.kept(pictures[start:end], device)
                 return tqdm(some, f"encoding {split}", end - start, disable=quiet or None)
 

@@ -1,5 +1,7 @@
 """Plain vectors: points of a Gaussian mixture, each conditioned on its component."""
 
+from typing import Any
+
 import torch
 
 from pipeline.codec import Columns
@@ -22,9 +24,7 @@ class Points(DataModule):
         val_rows: The number of points to validate on.
         batch_size: The size of a global batch: all devices together.
         seed: What decides the points and their order.
-        workers: Loader processes.
-        cache_dir: Where embeddings are kept; by default `~/.cache/conditional-pipeline`.
-        table_gib: See :class:`pipeline.data.DataModule`.
+        more: See :class:`pipeline.data.DataModule`.
     """
 
     def __init__(
@@ -34,13 +34,9 @@ class Points(DataModule):
         rows: int = 65536,
         val_rows: int = 4096,
         batch_size: int = 256,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        table_gib: float = 1.0,
+        **more: Any,
     ) -> None:
-        codec = Columns(mixture.dim)
-        super().__init__(codec, conditioning, batch_size, seed, workers, cache_dir, table_gib)
+        super().__init__(Columns(mixture.dim), conditioning, batch_size, **more)
         if min(rows, val_rows) < 1:
             raise ValueError(f"rows is {rows} and val_rows {val_rows}; both must be at least 1.")
         self.mixture, self.counts = mixture, {"train": rows, "val": val_rows}

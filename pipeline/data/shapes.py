@@ -132,35 +132,17 @@ class Drawings(Pictures):
         conditioning: What turns a caption into u, or None.
         per_combination: Training drawings of each seen combination; `val` and `unseen` have an
             eighth as many.
-        batch_size: The size of a global batch: all devices together.
         seed: What decides the held-out fifth, the drawings and the order.
-        workers: Loader processes.
-        cache_dir: Where pictures and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
-        table_gib: See :class:`pipeline.data.DataModule`.
+        more: See :class:`pipeline.data.DataModule`.
     """
 
+    size, channels, fit, autoencoder = SIDE, 3, "crop", None
     jitter: float  # pixels, of the centre, each way
 
     def __init__(
-        self,
-        conditioning: Conditioning | None,
-        per_combination: int = 32,
-        batch_size: int = 32,
-        seed: int = 0,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        table_gib: float = 1.0,
+        self, conditioning: Conditioning | None, per_combination: int = 32, **more: Any
     ) -> None:
-        super().__init__(
-            conditioning,
-            SIDE,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            cache_dir=cache_dir,
-            table_gib=table_gib,
-        )
+        super().__init__(conditioning, SIDE, **more)
         if per_combination < 1:
             raise UserError(f"data.per_combination is {per_combination}; it must be at least 1.")
         self.per_combination = per_combination

@@ -57,11 +57,12 @@ class Stream(DataModule):
         channels: 3 for colour, 1 for grey.
         fit: How a picture becomes a square, see `pipeline.data.Hub`.
         flip: Whether half of the training pictures are mirrored.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order and the flips.
         workers: Loader processes, which decode.
         cache_dir: Where the numbers of rows are remembered.
+        more: See :class:`pipeline.data.DataModule`.
     """
+
+    table_gib = 0.0  # there is no table
 
     def __init__(
         self,
@@ -75,18 +76,15 @@ class Stream(DataModule):
         channels: int = 3,
         fit: Fit = "crop",
         flip: bool = False,
-        batch_size: int = 32,
-        seed: int = 0,
         workers: int = 2,
-        cache_dir: str | None = None,
+        **more: Any,
     ) -> None:
         if size < 8 or window < 1 or val_files < 1:
             raise UserError(
                 f"data.size is {size}, data.window {window} and data.val_files {val_files}; they "
                 "must be at least 8, 1 and 1."
             )
-        codec = Pixels(channels, size, size)
-        super().__init__(codec, conditioning, batch_size, seed, workers, cache_dir)
+        super().__init__(Pixels(channels, size, size), conditioning, workers=workers, **more)
         self.flip, self.window = flip, window
         self.columns = image, caption if conditioning is not None else None
         self.path, self.val_files = path, val_files
