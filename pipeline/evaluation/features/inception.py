@@ -11,8 +11,11 @@ The port to torch of those weights is one file, under whose names (those of torc
 here are called.
 """
 
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,9 @@ FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 299
+
+Size = int | tuple[int, int]
+Branches = dict[str, list[Any]]  # see `Mixed`
 
 
 class Inception(Features):
@@ -105,18 +111,49 @@ def find(path: str | None) -> Path:
     return ours
 
 
+def branches_a(pooled: int) -> Branches:
+    """35 × 35 places: 1 × 1, 5 × 5, twice 3 × 3, and a mean."""
+    twice = [(64, 1), (96, 3), (96, 3)]
+    return {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": twice, "_pool": [(pooled, 1)]}
+
+
+def branches_c(width: int) -> Branches:
+    """17 × 17 places: 7 × 7 as 1 × 7 after 7 × 1, once and twice."""
+    row, column = (1, 7), (7, 1)
+    return {
+        "1x1": [(192, 1)],
+        "7x7": [(width, 1), (width, row), (192, column)],
+        "7x7dbl": [(width, 1), (width, column), (width, row), (width, column), (192, row)],
+        "_pool": [(192, 1)],
+    }
+
+
+B: Branches = {"3x3": [(384, 3, 2)], "3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "_pool": []}
+D: Branches = {
+    "3x3": [(192, 1), (320, 3, 2)],
+    "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
+    "_pool": [],
+}
+FORK = [(384, (1, 3)), (384, (3, 1))]  # 3 × 3 as 1 × 3 beside 3 × 1
+E: Branches = {
+    "1x1": [(320, 1)],
+    "3x3": [(384, 1), FORK],
+    "3x3dbl": [(448, 1), (384, 3), FORK],
+    "_pool": [(192, 1)],
+}
+
+
 class Conv(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """Convolution, batch normalisation, ReLU; the size stays, or is that of the places where the
+    kernel lies `inside`, as it does with a stride of 2.
+    """
 
     def __init__(
-        self,
-        channels: int,
-        out: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        self, channels: int, out: int, kernel: Size, stride: int = 1, inside: bool = False
     ) -> None:
         super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (0, 0) if inside or stride == 2 else (kernel[0] // 2, kernel[1] // 2)
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
@@ -129,114 +166,40 @@ def mean(x: Tensor) -> Tensor:
     return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class InceptionA(nn.Module):
-    """35 × 35 places: 1 × 1, 5 × 5, twice 3 × 3, and a mean, side by side."""
+class Mixed(nn.Module):
+    """Branches side by side.
 
-    def __init__(self, channels: int, pooled: int) -> None:
+    Arguments:
+        channels: The channels of the input.
+        branches: The layers of each branch, one after the other: channels, kernel and, where it is
+            not 1, stride; two layers in a list are side by side. Branch `_pool` is behind `pool`.
+        pool: A pool.
+    """
+
+    def __init__(
+        self, channels: int, branches: Branches, pool: Callable[[Tensor], Tensor] = mean
+    ) -> None:
         super().__init__()
-        self.branch1x1 = Conv(channels, 64, 1)
-        self.branch5x5_1 = Conv(channels, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(channels, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(channels, pooled, 1)
+        self.pool, self.paths = pool, defaultdict[str, list[list[str]]](list)
+        for branch, layers in branches.items():
+            width, path = channels, self.paths[branch]
+            for k, layer in enumerate(layers, 1):
+                beside = layer if isinstance(layer, list) else [layer]
+                number = f"_{k}" if len(layers) > 1 else ""
+                letters = "ab" if len(beside) > 1 else [""]
+                path.append([f"branch{branch}{number}{letter}" for letter in letters])
+                for name, (out, *how) in zip(path[-1], beside, strict=True):
+                    self.add_module(name, Conv(width, out, *how))
+                width = beside[0][0]
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.branch5x5_2(self.branch5x5_1(x))
-        b = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), a, b, self.branch_pool(mean(x))], 1)
-
-
-class InceptionB(nn.Module):
-    """From 35 × 35 to 17 × 17 places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3 = Conv(288, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(288, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), a, max_pool2d(x, 3, stride=2)], 1)
-
-
-class InceptionC(nn.Module):
-    """17 × 17 places: 7 × 7 as 1 × 7 after 7 × 1, once and twice."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        row: dict = {"kernel": (1, 7), "padding": (0, 3)}
-        column: dict = {"kernel": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = Conv(768, 192, 1)
-        self.branch7x7_1 = Conv(768, width, 1)
-        self.branch7x7_2 = Conv(width, width, **row)
-        self.branch7x7_3 = Conv(width, 192, **column)
-        self.branch7x7dbl_1 = Conv(768, width, 1)
-        self.branch7x7dbl_2 = Conv(width, width, **column)
-        self.branch7x7dbl_3 = Conv(width, width, **row)
-        self.branch7x7dbl_4 = Conv(width, width, **column)
-        self.branch7x7dbl_5 = Conv(width, 192, **row)
-        self.branch_pool = Conv(768, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        b = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        b = self.branch7x7dbl_5(self.branch7x7dbl_4(b))
-        return torch.cat([self.branch1x1(x), a, b, self.branch_pool(mean(x))], 1)
-
-
-class InceptionD(nn.Module):
-    """From 17 × 17 to 8 × 8 places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3_1 = Conv(768, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(768, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.branch3x3_2(self.branch3x3_1(x))
-        b = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat([a, self.branch7x7x3_4(b), max_pool2d(x, 3, stride=2)], 1)
-
-
-class InceptionE(nn.Module):
-    """8 × 8 places: 3 × 3 as 1 × 3 beside 3 × 1."""
-
-    def __init__(self, channels: int, maximum: bool) -> None:
-        super().__init__()
-        row: dict = {"kernel": (1, 3), "padding": (0, 1)}
-        column: dict = {"kernel": (3, 1), "padding": (1, 0)}
-        self.branch1x1 = Conv(channels, 320, 1)
-        self.branch3x3_1 = Conv(channels, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, **row)
-        self.branch3x3_2b = Conv(384, 384, **column)
-        self.branch3x3dbl_1 = Conv(channels, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Conv(384, 384, **row)
-        self.branch3x3dbl_3b = Conv(384, 384, **column)
-        self.branch_pool = Conv(channels, 192, 1)
-        self.maximum = maximum
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.branch3x3_1(x)
-        b = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = max_pool2d(x, 3, stride=1, padding=1) if self.maximum else mean(x)
-        branches = [
-            self.branch1x1(x),
-            self.branch3x3_2a(a),
-            self.branch3x3_2b(a),
-            self.branch3x3dbl_3a(b),
-            self.branch3x3dbl_3b(b),
-            self.branch_pool(pooled),
-        ]
-        return torch.cat(branches, 1)
+        found = []
+        for branch, path in self.paths.items():
+            ends = [self.pool(x) if branch == "_pool" else x]
+            for names in path:
+                ends = [getattr(self, name)(ends[0]) for name in names]
+            found += ends
+        return torch.cat(found, 1)
 
 
 class InceptionV3(nn.Module):
@@ -244,31 +207,29 @@ class InceptionV3(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.half = partial(max_pool2d, kernel_size=3, stride=2)
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, inside=True)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = InceptionA(192, pooled=32)
-        self.Mixed_5c = InceptionA(256, pooled=64)
-        self.Mixed_5d = InceptionA(288, pooled=64)
-        self.Mixed_6a = InceptionB()
-        self.Mixed_6b = InceptionC(128)
-        self.Mixed_6c = InceptionC(160)
-        self.Mixed_6d = InceptionC(160)
-        self.Mixed_6e = InceptionC(192)
-        self.Mixed_7a = InceptionD()
-        self.Mixed_7b = InceptionE(1280, maximum=False)
-        self.Mixed_7c = InceptionE(2048, maximum=True)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, inside=True)
+        self.Mixed_5b = Mixed(192, branches_a(32))
+        self.Mixed_5c = Mixed(256, branches_a(64))
+        self.Mixed_5d = Mixed(288, branches_a(64))
+        self.Mixed_6a = Mixed(288, B, self.half)
+        self.Mixed_6b = Mixed(768, branches_c(128))
+        self.Mixed_6c = Mixed(768, branches_c(160))
+        self.Mixed_6d = Mixed(768, branches_c(160))
+        self.Mixed_6e = Mixed(768, branches_c(192))
+        self.Mixed_7a = Mixed(768, D, self.half)
+        self.Mixed_7b = Mixed(1280, E)
+        self.Mixed_7c = Mixed(2048, E, partial(max_pool2d, kernel_size=3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
-        x = max_pool2d(x, 3, stride=2)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
-        x = max_pool2d(x, 3, stride=2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))  # (B, 768, 17, 17)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.half(x)))  # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.half(x))))  # (B, 288, 35, 35)
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
         return x.mean((2, 3))
