@@ -25,10 +25,7 @@ class Summary:
     """What the draws say of each coordinate, and how well: arrays with shape (D,).
 
     Attributes:
-        mean: The mean.
-        std: The standard deviation.
-        low: The quantile 0.05.
-        high: The quantile 0.95.
+        low, high: The quantiles 0.05 and 0.95.
         ess_bulk: The effective sample size of the rank-normalised draws.
         ess_tail: The least effective sample size of the quantiles 0.05 and 0.95.
         r_hat: The rank-normalised split R̂; no number for one chain, or where a chain never moved.
@@ -94,17 +91,13 @@ def table(draws: Draws, most: int = 20) -> str:
     """
     summary = summarise(draws.x)
     shown = np.argsort(np.minimum(summary.ess_bulk, summary.ess_tail))[:most]
-    lines = [
-        f"{'':>6} {'mean':>9} {'std':>9} {'5 %':>9} {'95 %':>9} {'ESS bulk':>9} {'ESS tail':>9} "
-        f"{'R-hat':>7}"
-    ]
+    names = ("mean", "std", "5 %", "95 %", "ESS bulk", "ESS tail")
+    lines = [" " * 6 + "".join(f" {name:>9}" for name in names) + "   R-hat"]
     for i in sorted(shown):
-        numbers = (summary.mean, summary.std, summary.low, summary.high)
+        mean, std, low, high, bulk, tail, r_hat = (column[i] for column in vars(summary).values())
         lines.append(
-            f"{f'x_{i}':>6} "
-            + " ".join(f"{column[i]:9.4g}" for column in numbers)
-            + f" {summary.ess_bulk[i]:9.0f} {summary.ess_tail[i]:9.0f} "
-            + f"{summary.r_hat[i]:7.4f}".replace("nan", "  -")
+            f"{f'x_{i}':>6} {mean:9.4g} {std:9.4g} {low:9.4g} {high:9.4g} {bulk:9.0f} {tail:9.0f} "
+            + f"{r_hat:7.4f}".replace("nan", "  -")
         )
     if len(shown) < len(summary.mean):
         lines.append(f"and {len(summary.mean) - len(shown)} coordinates with more ESS")

@@ -26,18 +26,8 @@ from pipeline.mcmc.targets import NoDensity, Target
 from pipeline.noise import Noise
 from pipeline.schedules import expand_as_batch
 
-__all__ = [
-    "HMC",
-    "MALA",
-    "ULA",
-    "HalfDenoising",
-    "Info",
-    "Kernel",
-    "Metropolis",
-    "MetropolisHastings",
-    "State",
-    "dot",
-]
+__all__ = ["HMC", "MALA", "ULA", "HalfDenoising", "Info", "Kernel", "Metropolis"]
+__all__ += ["MetropolisHastings", "State", "dot"]
 
 LOST = 1000.0  # an energy error of this size is called a divergence, as Stan does
 
@@ -119,13 +109,7 @@ class Kernel(Part, ABC):
 
     @abstractmethod
     def step(self, target: Target, state: State, noise: Noise) -> tuple[State, Info]:
-        """One step of every chain.
-
-        Arguments:
-            target: The target that the state was made with.
-            state: Where the chains are.
-            noise: Where the randomness comes from.
-        """
+        """One step of every chain, on the target that the state was made with."""
 
     def draw(
         self,

@@ -108,14 +108,7 @@ class Forest:
         m: The number of leaves beside the start.
         kept: The first leaf of each balanced tree, by slot: its momentum, and the sum of all
             momenta up to the middle of it, with shape (B, slots, 2, D).
-        drawn: The number of finished transitions.
-
-    Arguments:
-        state: Where the chains are.
-        step_size: The step ε.
-        max_depth: The number of doublings after which a trajectory ends.
-        draws: The number of transitions of each chain.
-        noise: Where the randomness comes from.
+        drawn: The number of finished transitions, of `draws` for each chain.
     """
 
     def __init__(
@@ -148,10 +141,7 @@ class Forest:
         does, and the last one; and the slot where the leaf is kept.
         """
         device = self.kept.device
-        m, slots = (
-            torch.arange(2**max_depth, device=device),
-            torch.arange(max_depth, device=device),
-        )
+        m, slots = (torch.arange(n, device=device) for n in (2**max_depth, max_depth))
         bits = (m[:, None] >> slots) & 1
         ones, trailing = bits[:, 1:].sum(dim=1), bits.cumprod(dim=1).sum(dim=1)
         ends = (slots > ones[:, None] - trailing[:, None]) & (slots <= ones[:, None])

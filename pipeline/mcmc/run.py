@@ -57,21 +57,13 @@ def run(
     noise: Noise,
     progress: Callable[[], object] | None = None,
 ) -> Draws:
-    """Run chains from x, and keep what they visit after the warm-up.
+    """Run chains from x, with shape (chains, *), and keep what they visit in `draws` steps, at
+    least 1, after the warm-up. `progress` is called after each step.
 
     Where the kernel accepts or rejects, the warm-up finds its step size and the unit of each
     coordinate, both frozen for the draws; else it only lets the chains forget where they started.
     The kernel that was given is left as it was. Where the target has bounds, the chains walk in
     its unbounded coordinates.
-
-    Arguments:
-        target: The law to draw from.
-        kernel: The step of the chains.
-        x: Where the chains start, with shape (chains, *).
-        draws: The number of steps that are kept, at least 1.
-        warmup: The number of steps before them.
-        noise: Where the randomness comes from.
-        progress: Called after each step.
 
     Raises:
         UserError: A chain starts where the density is not finite, an unadjusted chain leaves the
@@ -96,15 +88,9 @@ def run(
     state, z, info = kernel.draw(target, state, draws, noise, progress)
     _check_finite(kernel, z, start, warmup)
     z = z if scale is None else scale * z
-    result = Draws(
-        z if bounds is None else bounds(z),
-        info.acceptance,
-        info.diverged,
-        len(x) * info.gradients,
-        len(x) * spent,
-        kernel,
-        scale,
-    )
+    z, n = z if bounds is None else bounds(z), len(x)
+    found = info.acceptance, info.diverged, n * info.gradients, n * spent
+    result = Draws(z, *found, kernel, scale)
     _warn_diverged(result, warmup)
     return result
 

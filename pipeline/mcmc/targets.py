@@ -22,21 +22,8 @@ from pipeline.condition import U
 from pipeline.errors import UserError
 from pipeline.noise import Noise
 
-__all__ = [
-    "Banana",
-    "Density",
-    "Funnel",
-    "Gaussian",
-    "GaussianMixture",
-    "Laplace",
-    "Law",
-    "NoDensity",
-    "Scaled",
-    "StudentT",
-    "Target",
-    "said",
-    "unbounded",
-]
+__all__ = ["Banana", "Density", "Funnel", "Gaussian", "GaussianMixture", "Laplace", "Law"]
+__all__ += ["NoDensity", "Scaled", "StudentT", "Target", "said", "unbounded"]
 
 
 def said(x: Tensor) -> str:
@@ -244,12 +231,13 @@ class Scaled(Target):
 
 
 class Law(Target):
-    """A target known in full: its density is there, and exact independent draws."""
+    """A target known in full: its density is there, and exact independent draws.
 
-    @property
-    @abstractmethod
-    def dim(self) -> int:
-        """The number D of coordinates of x, (B, D)."""
+    Attributes:
+        dim: The number D of coordinates of x, (B, D).
+    """
+
+    dim: int
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -282,7 +270,7 @@ class Gaussian(Law):
     ) -> None:
         self.mean = _floats(mean)
         self.covariance = _floats(covariance).to(self.mean)
-        d = len(self.mean)
+        self.dim = d = len(self.mean)
         if self.covariance.shape not in ((d,), (d, d)):
             raise ValueError(
                 f"covariance has shape {tuple(self.covariance.shape)}; with {d} means it must be "
@@ -298,10 +286,6 @@ class Gaussian(Law):
         self.factor = factor
         self.precision = inverse.diagonal().clone() if self.covariance.ndim == 1 else inverse
         self.log_norm = -factor.diagonal().log().sum() - d / 2 * math.log(2 * math.pi)
-
-    @property
-    def dim(self) -> int:
-        return len(self.mean)
 
     def _offset_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         offset, precision = self.mean.to(x) - x, self.precision.to(x)
@@ -335,11 +319,7 @@ class Laplace(Law):
     def __init__(self, dim: int = 1) -> None:
         if dim < 1:
             raise ValueError(f"dim is {dim}; it must be at least 1.")
-        self._dim = dim
-
-    @property
-    def dim(self) -> int:
-        return self._dim
+        self.dim = dim
 
     def log_prob(self, x: Tensor) -> Tensor:
         return -math.sqrt(2) * x.abs().sum(dim=-1) - self.dim / 2 * math.log(2)
@@ -370,14 +350,12 @@ class Banana(Law):
         std: The standard deviation s of the first coordinate, positive.
     """
 
+    dim = 2
+
     def __init__(self, curvature: float = 0.03, std: float = 10.0) -> None:
         if not std > 0:
             raise ValueError(f"std is {std}; it must be positive.")
         self.curvature, self.std = curvature, std
-
-    @property
-    def dim(self) -> int:
-        return 2
 
     def _straight(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two independent Gaussian coordinates of which x is the bent image."""
@@ -416,11 +394,7 @@ class Funnel(Law):
     def __init__(self, dim: int = 10, std: float = 3.0) -> None:
         if dim < 2 or not std > 0:
             raise ValueError(f"dim = {dim} must be at least 2 and std = {std} positive.")
-        self._dim, self.std = dim, std
-
-    @property
-    def dim(self) -> int:
-        return self._dim
+        self.dim, self.std = dim, std
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.log_prob_and_score(x)[0]
@@ -459,11 +433,7 @@ class StudentT(Law):
     def __init__(self, dim: int = 1, freedom: int = 5) -> None:
         if dim < 1 or freedom < 1:
             raise ValueError(f"dim = {dim} and freedom = {freedom} must be at least 1.")
-        self._dim, self.freedom = dim, freedom
-
-    @property
-    def dim(self) -> int:
-        return self._dim
+        self.dim, self.freedom = dim, freedom
 
     def log_prob(self, x: Tensor) -> Tensor:
         nu, d = self.freedom, self.dim
@@ -504,6 +474,7 @@ class GaussianMixture(Law):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         self.means = _floats(means)
+        self.dim = self.means.shape[-1]
         kind = {"dtype": self.means.dtype, "device": self.means.device}
         self.stds = torch.as_tensor(stds, **kind)
         if weights is None:
@@ -514,10 +485,6 @@ class GaussianMixture(Law):
                 f"means {tuple(self.means.shape)} need one positive standard deviation each, "
                 f"and stds is {self.stds.tolist()}."
             )
-
-    @property
-    def dim(self) -> int:
-        return self.means.shape[-1]
 
     def _log_joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log w_k N(x; m_k, s_k² I), (B, K), and m_k - x, (B, K, D)."""
