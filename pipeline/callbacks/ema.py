@@ -77,9 +77,7 @@ class EMA(pl.Callback):
             self.averages[name] = fresh
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: nn.Module, *_: object) -> None:
         k, stepped = trainer.global_step, trainer.global_step > self.step  # else accumulated only
         self.step = k
         if not stepped or k % self.every:
@@ -95,15 +93,11 @@ class EMA(pl.Callback):
                 self._place(pl_module)
             self._swap(pl_module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: nn.Module, *_: object) -> None:
         if self.swapped:
             self._swap(pl_module)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        if self.swapped:
-            self._swap(pl_module)
+    on_exception = on_validation_end  # type: ignore[assignment]
 
     @torch.no_grad()
     def _swap(self, pl_module: nn.Module) -> None:
@@ -179,9 +173,7 @@ class PowerEMA(EMA):
     def kept_share(self, name: str, k: int) -> float:
         return (1 - self.every / k) ** (self.exponents[name] + 1)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: nn.Module, *_: object) -> None:
         before = self.step
         super().on_train_batch_end(trainer, pl_module)
         steps = trainer.estimated_stepping_batches

@@ -1,6 +1,7 @@
 """Scores while a model trains."""
 
 import time
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -67,16 +68,10 @@ class Evaluation(pl.Callback):
         self.start, self.spent, self.last = time.monotonic(), 0.0, 0.0
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: ScoreModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: ScoreModule, _: Any, batch: Any, k: int, *__: Any
     ) -> None:
         # not on_validation_epoch_end, where the averaged weights may be gone already
-        if batch_idx or self.measure is None or trainer.sanity_checking:
+        if k or self.measure is None or trainer.sanity_checking:
             return
         start = time.monotonic()
         trained = start - self.start - self.spent

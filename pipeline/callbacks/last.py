@@ -70,14 +70,7 @@ class Last(Checkpoint):
         self.signum = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         alone = trainer.world_size == 1
         stepped = trainer.global_step > self.step  # else gradients accumulate, and would be lost
         self.step = trainer.global_step
@@ -97,22 +90,18 @@ class Last(Checkpoint):
             signum = self.signum or signal.SIGTERM
             self.stopped = Stopped(signum, trainer.global_step, self._path(trainer))
 
+    def _stop(self, *_: object) -> None:
+        if self.stopped is not None:
+            raise self.stopped
+
     # the step is written down before any of these comes
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+    on_validation_start = on_train_epoch_end = _stop  # type: ignore[assignment]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         self._stop()
         if self.owed:  # the run goes on
             self.owed = False
             validate(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self.stopped is not None:
-            raise self.stopped
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)

@@ -90,13 +90,11 @@ class Progress(ProgressBar):
         return f"{said}. The peak of memory is {peak(pl_module.device) / 2**30:.2g} GiB."
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.on_exception()
+
+    def on_exception(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self.teardown(trainer, pl_module, "fit")
 
     def print(self, *args: object, **kwargs: object) -> None:
         """Write a line without breaking the bar."""

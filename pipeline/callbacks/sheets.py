@@ -1,6 +1,7 @@
 """Pictures drawn while a model trains."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -36,25 +37,17 @@ class SampleSheet(pl.Callback):
         self.prompts, self.number, self.columns = prompts, number, columns
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: ScoreModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: ScoreModule, _: Any, batch: Any, k: int, *__: Any
     ) -> None:
         # not on_validation_epoch_end, where the averaged weights may be gone already
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if batch_idx or not data.codec.pictures:
+        if k or not data.codec.pictures:
             return
         prompts = self.prompts or data.prompts(self.number)
         generator = pl_module.generator(data, together=True)
         try:
             rows = torch.cat(list(generator(prompts, range(len(prompts)))))
-        except (
-            UserError
-        ) as error:  # a model may gather itself; what has diverged is said elsewhere
+        except UserError as error:  # one may gather itself; what has diverged is said elsewhere
             rank_zero_warn(f"There is no sheet of step {trainer.global_step}: {error}")
             return
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]

@@ -56,9 +56,7 @@ class Watch(pl.Callback):
         self.batches, self.waited, self.paused = 0, 0.0, 0.0
         self.since = self.ended = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: ScoreModule, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ScoreModule, *_: Any) -> None:
         self.waited += time.perf_counter() - self.ended
         if not self.operations:
             self.counter = Operations()
@@ -67,9 +65,7 @@ class Watch(pl.Callback):
         self.rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._mark(pl_module)
 
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: ScoreModule, loss: object
-    ) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: ScoreModule, *_: Any) -> None:
         self._mark(pl_module)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
@@ -86,10 +82,12 @@ class Watch(pl.Callback):
         else:
             self.marks.append(time.perf_counter())
 
-    def _stop_counting(self) -> None:
+    def _stop_counting(self, *_: Any) -> None:
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
             self.operations, self.counter = self.counter.number, None
+
+    on_exception = _stop_counting  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: ScoreModule, outputs: object, batch: Any, *_: object
@@ -138,11 +136,6 @@ class Watch(pl.Callback):
         if self.marks is not None:
             self.marks.clear()
             self._mark(pl_module)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._stop_counting()
 
 
 class Operations(TorchDispatchMode):
