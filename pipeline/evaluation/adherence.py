@@ -23,13 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.features import Vision
 from pipeline.evaluation.shapes import accuracy, grain
 
-__all__ = [
-    "CLIP",
-    "clip_score",
-    "distinct",
-    "retrieval_accuracy",
-    "shapes_adherence",
-]
+__all__ = ["CLIP", "clip_score", "distinct", "retrieval_accuracy", "shapes_adherence"]
 
 
 def shapes_adherence(
@@ -80,11 +74,10 @@ class CLIP(Vision):
     """
 
     @property
-    def protocol(self) -> str:
-        mean, std = (tuple(round(v, 6) for v in values) for values in self.scaling)
+    def resizing(self) -> str:
         return (
-            f"uint8, shorter side bicubic with antialiasing to {self.shorter} rounded, centre "
-            f"{self.side} x {self.side}, (x / 255 - {mean}) / {std}"
+            f"shorter side bicubic with antialiasing to {self.shorter} rounded, centre "
+            f"{self.side} x {self.side}"
         )
 
     @property
@@ -93,15 +86,13 @@ class CLIP(Vision):
         size = self.processor.get("size", self.side)
         return size.get("shortest_edge", self.side) if isinstance(size, dict) else size
 
-    def prepare(self, x: Tensor) -> Tensor:
+    def resized(self, x: Tensor) -> Tensor:
         least = min(x.shape[-2:])
         size = [length * self.shorter // least for length in x.shape[-2:]]
         x = interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
         x = x.round().clamp(0, 255)
         top, left = ((length - self.side) // 2 for length in size)
-        x = x[..., top : top + self.side, left : left + self.side]
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in self.scaling)
-        return (x / 255 - mean) / std
+        return x[..., top : top + self.side, left : left + self.side]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -123,10 +114,6 @@ class CLIP(Vision):
         """The embeddings of prompts, float32 on `device`, with shape :math:`(N, D)`.
 
         A prompt longer than the text half reads, 77 tokens as published, is cut there.
-
-        Arguments:
-            prompts: The prompts.
-            batch_size: How many are read together.
 
         Raises:
             UserError: The model has no text half.

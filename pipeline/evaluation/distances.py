@@ -24,23 +24,14 @@ from torch import Tensor
 from pipeline.evaluation.statistics import Statistics
 from pipeline.noise import Noise
 
-__all__ = [
-    "DensityCoverage",
-    "Interval",
-    "PrecisionRecall",
-    "density_coverage",
-    "frechet",
-    "frechet_by_class",
-    "inception_score",
-    "kernel_distance",
-    "precision_recall",
-]
+__all__ = ["DensityCoverage", "Interval", "PrecisionRecall", "density_coverage", "frechet"]
+__all__ += ["frechet_by_class", "inception_score", "kernel_distance", "precision_recall"]
 
 CHUNK = 2048  # rows of a matrix of pairs that are held at a time
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
-    r"""The squared Fréchet (2-Wasserstein) distance of two Gaussians.
+    r"""The squared Fréchet (2-Wasserstein) distance of two Gaussians, never negative.
 
     .. math:: \|m_a - m_b\|^2 + \operatorname{tr}\left( C_a + C_b - 2 (C_a C_b)^{1/2} \right)
 
@@ -58,15 +49,8 @@ def frechet(a: Statistics, b: Statistics) -> float:
         |   et al., 2017), equation (6)
         | https://arxiv.org/abs/1706.08500
 
-    Arguments:
-        a: The statistics of one set, of at least two features.
-        b: The statistics of the other.
-
-    Returns:
-        The distance, never negative.
-
     Raises:
-        ValueError: The features are of different lengths, or too few.
+        ValueError: The features are of different lengths, or fewer than two.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
@@ -115,7 +99,7 @@ def frechet_by_class(
 
 
 class Interval(NamedTuple):
-    """An estimate, and an interval around it."""
+    """An estimate, which may be negative, and the ends of an interval around it."""
 
     value: float
     low: float
@@ -123,11 +107,7 @@ class Interval(NamedTuple):
 
 
 def kernel_distance(
-    real: Tensor,
-    generated: Tensor,
-    noise: Noise,
-    resamples: int = 400,
-    level: float = 0.95,
+    real: Tensor, generated: Tensor, noise: Noise, resamples: int = 400, level: float = 0.95
 ) -> Interval:
     r"""The kernel distance (KID, with Inception features): an unbiased estimate of the squared
     maximum mean discrepancy of the cubic kernel.
@@ -157,9 +137,6 @@ def kernel_distance(
         noise: Decides the resamples.
         resamples: The number of resamples.
         level: The probability of the interval, in (0, 1).
-
-    Returns:
-        The estimate, which may be negative, and the interval's ends.
 
     Raises:
         ValueError: A set has fewer than two features, or `level` or `resamples` is out of range.
@@ -315,7 +292,7 @@ def covered(y: Tensor, x: Tensor, radius: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, noise: Noise, splits: int = 10) -> tuple[float, float]:
-    r"""The Inception score of class logits.
+    r"""The Inception score of class logits: its mean and standard deviation over the splits.
 
     .. math:: \exp \operatorname*{mean}_i \, \mathrm{KL}\left( p(c \mid x_i) \,\|\, p(c) \right),
         \qquad p(c) = \operatorname*{mean}_i p(c \mid x_i)
@@ -332,9 +309,6 @@ def inception_score(logits: Tensor, noise: Noise, splits: int = 10) -> tuple[flo
         noise: Decides who is in which split.
         splits: In how many equal parts the set is cut; published scores are means over 10, of
             50,000 pictures.
-
-    Returns:
-        Mean and standard deviation over the splits.
 
     Raises:
         ValueError: There are fewer logits than splits.

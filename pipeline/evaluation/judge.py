@@ -45,10 +45,6 @@ class Colours(nn.Module):
         G = \sum_i (f_i - \bar f) (f_i - \bar f)^\top, \quad \lambda = \mathrm{tr}(G) / D
 
     with e the value as a one-hot vector.
-
-    Arguments:
-        channels: The number of channels of a picture.
-        values: The values of each label.
     """
 
     def __init__(self, channels: int, values: Labels) -> None:
@@ -105,16 +101,11 @@ class Shapes(nn.Module):
         self.heads = heads(sum(widths), values)
         width = channels
         for k, wider in enumerate(widths):
-            self.stages.append(
-                nn.Sequential(
-                    nn.Conv2d(width, wider, 3, 1 if k == 0 else 2, 1, bias=False),
-                    nn.BatchNorm2d(wider),
-                    nn.ReLU(),
-                    nn.Conv2d(wider, wider, 3, 1, 1, bias=False),
-                    nn.BatchNorm2d(wider),
-                    nn.ReLU(),
-                )
-            )
+            stage = []
+            for narrow, stride in ((width, 1 if k == 0 else 2), (wider, 1)):
+                conv = nn.Conv2d(narrow, wider, 3, stride, 1, bias=False)
+                stage += [conv, nn.BatchNorm2d(wider), nn.ReLU()]
+            self.stages.append(nn.Sequential(*stage))
             width = wider
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -141,14 +132,12 @@ class Shapes(nn.Module):
             moved = F.pad(pictures(x, some, device).float(), (reach,) * 4, mode="replicate")
             top, left = order.integers(0, 2 * reach + 1, 2)
             logits = self(moved[..., top : top + side, left : left + side])
-            loss = torch.stack(
-                [
-                    F.cross_entropy(of_label, truth[name][some], label_smoothing=SMOOTHING)
-                    for name, of_label in logits.items()
-                ]
-            ).sum()
+            losses = [
+                F.cross_entropy(of_label, truth[name][some], label_smoothing=SMOOTHING)
+                for name, of_label in logits.items()
+            ]
             optimizer.zero_grad()
-            loss.backward()
+            torch.stack(losses).sum().backward()
             optimizer.step()
             schedule.step()
 
@@ -226,10 +215,6 @@ def right(found: Labels, wanted: Labels) -> dict[str, float]:
 def judge_of(data: DataModule, device: torch.device | str = "cpu") -> Judge | None:
     """The judge of the labels that the data have, read where it was taught before; None where they
     have none.
-
-    Arguments:
-        data: The data module.
-        device: Where it is taught and reads.
     """
     labels = data.labelled("train")
     if not labels:

@@ -21,21 +21,8 @@ from pipeline.codec import Pixels
 from pipeline.data import DataModule
 from pipeline.distributed import gather, in_turn, place, total
 from pipeline.errors import UserError
-from pipeline.evaluation.adherence import (
-    CLIP,
-    clip_score,
-    distinct,
-    retrieval_accuracy,
-    shapes_adherence,
-)
-from pipeline.evaluation.distances import (
-    density_coverage,
-    frechet,
-    frechet_by_class,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from pipeline.evaluation import adherence, distances
+from pipeline.evaluation.adherence import CLIP
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.judge import judge_of
 from pipeline.evaluation.reference import reference_of
@@ -71,11 +58,7 @@ class Measure:
     """
 
     def __init__(
-        self,
-        data: DataModule,
-        features: Features,
-        number: int,
-        clip: CLIP | None = None,
+        self, data: DataModule, features: Features, number: int, clip: CLIP | None = None
     ) -> None:
         self.data, self.features, self.number, self.clip = data, features, number, clip
         self.reference = open_reference(data, features, number)
@@ -116,7 +99,9 @@ class Measure:
         values = self.values if wanted is None else [one.caption for one in wanted]
         drawn = generator(values, range(seed, seed + self.number), micro_batch, progress)
         pictures = torch.cat([rows.cpu() for rows in drawn])
-        found = {} if wanted is None else shapes_adherence(pictures, wanted, order)
+        found: dict[str, Any] = {}
+        if wanted is not None:
+            found = adherence.shapes_adherence(pictures, wanted, order)
         found |= self.judged(pictures, order)
         return found | self.score(pictures, values), pictures, list(map(str, values))
 
@@ -146,12 +131,11 @@ class Measure:
             for levels in LEVELS
         }
         worse["blurred, 3 × 3"] = avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return {
-            name: frechet(
-                read(self.features, y.round().clamp(0, 255).byte())[0], self.reference.statistics
-            )
-            for name, y in worse.items()
-        }
+        found = {}
+        for name, y in worse.items():
+            statistics, _ = read(self.features, y.round().clamp(0, 255).byte())
+            found[name] = distances.frechet(statistics, self.reference.statistics)
+        return found
 
     def score(self, pictures: Tensor, values: list[Any]) -> dict[str, Any]:
         """Distances of pictures from the reference: Fréchet, kernel with the ends of its 95 %
@@ -176,27 +160,29 @@ class Measure:
         y = of_all[:KEPT]
         order = Noise("reference").uniform(len(self.reference.features)).argsort()
         x = self.reference.features[order[: len(y)]].to(y.device)
-        kernel = kernel_distance(x, y, Noise("resamples"))
+        kernel = distances.kernel_distance(x, y, Noise("resamples"))
         found: dict[str, Any] = {
-            "frechet": frechet(statistics, self.reference.statistics),
+            "frechet": distances.frechet(statistics, self.reference.statistics),
             "kernel": kernel.value,
             "kernel_low": kernel.low,
             "kernel_high": kernel.high,
         }
         if min(len(x), len(y)) >= FEWEST:  # each needs some neighbours
-            found |= precision_recall(x, y)._asdict() | density_coverage(x, y)._asdict()
+            found |= distances.precision_recall(x, y)._asdict()
+            found |= distances.density_coverage(x, y)._asdict()
         if self.features.classified:
-            logits = self.features.logits(of_all)
-            mean, deviation = inception_score(logits, Noise("splits"), min(SPLITS, len(logits)))
+            logits, noise = self.features.logits(of_all), Noise("splits")
+            mean, deviation = distances.inception_score(logits, noise, min(SPLITS, len(logits)))
             found |= {"inception_score": mean, "inception_score_deviation": deviation}
         if each := self.within_classes(of_all, values):
             found["frechet_by_class"] = each
         if self.clip is not None:
-            prompts, own = distinct(list(map(str, values)))
+            prompts, own = adherence.distinct(list(map(str, values)))
             (_, f), g = read(self.clip, pictures), self.clip.embed(prompts)
-            found["clip_score"] = clip_score(f, g[own.to(g.device)]).mean().item()
+            scores = adherence.clip_score(f, g[own.to(g.device)])
+            found["clip_score"] = scores.mean().item()
             if len(prompts) > 1:
-                found["retrieval"] = retrieval_accuracy(f, g, own)[0]
+                found["retrieval"] = adherence.retrieval_accuracy(f, g, own)[0]
         return found
 
     def within_classes(self, features: Tensor, values: list[Any]) -> dict[str, float]:
@@ -209,7 +195,7 @@ class Measure:
         if len(drawn) < 2 or any(min(real[k], n) <= self.features.dim for k, n in drawn.items()):
             return {}
         of_real = by_class(self.reference.features, labels)
-        found = frechet_by_class(of_real, by_class(features, values))
+        found = distances.frechet_by_class(of_real, by_class(features, values))
         return {str(label): value for label, value in found.items()}
 
 
@@ -224,12 +210,8 @@ def open_reference(data: DataModule, features: Features, number: int) -> Referen
 def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:
     """The statistics of the features of all pictures, and the features, with shape (N, D).
 
-    Each process reads its share, and has the whole. What is read together does not depend on how
-    many they are, so neither does a feature.
-
-    Arguments:
-        features: What reads them.
-        pictures: uint8, with shape (N, C, H, W), the same in every process.
+    Each process reads its share of the same uint8 pictures (N, C, H, W), and has the whole. What
+    is read together does not depend on how many they are, so neither does a feature.
     """
     rank, world = place()
     statistics = Statistics(features.dim, features.device)
@@ -257,19 +239,12 @@ def bits_of_held_out(
     :math:`p(x \mid u)` of the denoiser as it was trained.
 
     Guidance has no part in it: unless its scale is 0 or 1, what it aims at is no normalised law.
-    Where processes work together, each takes its share, and all have the bits of all.
-
-    Arguments:
-        generator: Whose denoiser and conditioning are taken.
-        data: The data module of the model, which holds the pictures out.
-        number: The number K of pictures.
-        likelihood: How :math:`\log p` is found.
-        seed: Picture k is dequantised, and its probes are drawn, with seed `seed` + k.
-        micro_batch: How many are taken together.
-        progress: Called after each micro-batch.
+    Where processes work together, each takes its share, and all have the bits of all. Picture k is
+    dequantised, and its probes are drawn, with seed `seed` + k. `progress` is called after each
+    micro-batch.
 
     Returns:
-        What :meth:`pipeline.codec.Pixels.bits` says of each, with shape (K,).
+        What :meth:`pipeline.codec.Pixels.bits` says of each, with shape (K,) for `number` K.
 
     Raises:
         UserError: The data hold out fewer pictures.

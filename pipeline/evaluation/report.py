@@ -19,13 +19,8 @@ WORST = 3  # classes that are printed
 def summarise(
     found: list[dict[str, Any]], store: Store, several: bool, wandb: str | None = None
 ) -> None:
-    """The table and the plot of a sweep, what the numbers mean, and the W&B run.
-
-    Arguments:
-        found: The results.
-        store: Where they are kept.
-        several: Whether there could be more than one.
-        wandb: The command, where a W&B run is wanted.
+    """The table and the plot of a sweep of several, what the numbers mean, and a W&B run where
+    one is wanted, to which the command is told.
     """
     rows = [row(result) for result in found]
     if several:

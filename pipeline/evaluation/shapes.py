@@ -25,15 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from pipeline.data.shapes import (
-    BACKGROUND,
-    COLOURS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    Attributes,
-    coverage,
-)
+from pipeline.data import Attributes, coverage
+from pipeline.data.shapes import BACKGROUND, COLOURS, POSITIONS, SHAPES, SIZES
 
 __all__ = ["accuracy", "chance", "grain", "read"]
 
@@ -48,6 +41,8 @@ EDGE = 10.0  # half-covered pixels per pixel of half-extent: drawn up to 7.5, bl
 GAP = 2  # pixels between the object and what counts as ground: edges are softened by one
 AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 2.56}  # of a half-extent of 1
 SINK = {"triangle": 1 / 3}  # how far the centroid lies below the middle, in half-extents
+WHITE = np.array(BACKGROUND, np.float32)[:, None, None]
+PALETTE = np.array(list(COLOURS.values()), np.float32)  # (K, 3)
 
 
 def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | None]:
@@ -68,13 +63,15 @@ def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | N
 def read_some(x: np.ndarray) -> list[Attributes | None]:
     if not len(x):
         return []
-    ground = np.array(BACKGROUND, np.float32)[:, None, None]
-    fine = (np.linalg.norm(x - ground, axis=1) < 60).mean((1, 2)) > GROUND
+    fine = (np.linalg.norm(x - WHITE, axis=1) < 60).mean((1, 2)) > GROUND
     colour, good = read_colour(x)
     a, good_mix = cover(x, colour)
     shape, x_middle, y_middle, radius, good_shape = read_shape(a)
-    size, good_size = nearest_size(radius)
-    position, good_position = nearest_position(x_middle, y_middle)
+    off = abs(np.log(radius[:, None] / np.array(list(SIZES.values()))))
+    size, good_size = nearest(off, SIZE)
+    places = np.array(list(POSITIONS.values()))
+    off = np.hypot(x_middle[:, None] - places[:, 0], y_middle[:, None] - places[:, 1])
+    position, good_position = nearest(off, POSITION)
     sharp = (4 * a * (1 - a)).sum((1, 2)) < EDGE * radius
     fine &= good & good_mix & good_shape & sharp & good_size & good_position
     names = (list(COLOURS), SHAPES, list(SIZES), list(POSITIONS))
@@ -87,19 +84,20 @@ def read_some(x: np.ndarray) -> list[Attributes | None]:
 
 def read_colour(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The palette colour nearest to the object's mean (N,), and whether it is near."""
-    palette = np.array(list(COLOURS.values()), np.float32)  # (K, 3)
-    away = np.linalg.norm(x - np.array(BACKGROUND, np.float32)[:, None, None], axis=1)  # (N, H, W)
+    away = np.linalg.norm(x - WHITE, axis=1)  # (N, H, W)
     core = away >= 0.8 * np.quantile(away, 0.985, axis=(1, 2))[:, None, None]
     mean = (x * core[:, None]).sum((2, 3)) / core.sum((1, 2))[:, None]
-    distance = np.linalg.norm(mean[:, None] - palette, axis=2)
-    return distance.argmin(1), distance.min(1) < COLOUR
+    return nearest(np.linalg.norm(mean[:, None] - PALETTE, axis=2), COLOUR)
+
+
+def nearest(off: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of distances (N, K) the place of the least (N,), and whether it is less than the most."""
+    return off.argmin(1), off.min(1) < most
 
 
 def cover(x: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How much of each pixel is covered (N, H, W), and whether that explains the picture."""
-    ground = np.array(BACKGROUND, np.float32)
-    toward = np.array(list(COLOURS.values()), np.float32)[colour] - ground  # (N, 3)
-    off = x - ground[:, None, None]
+    toward, off = PALETTE[colour] - WHITE[:, 0, 0], x - WHITE  # (N, 3), (N, 3, H, W)
     a = np.einsum("nchw,nc->nhw", off, toward) / (toward**2).sum(1)[:, None, None]
     a = a.clip(0, 1)
     rest = off - a[:, None] * toward[:, :, None, None]
@@ -138,17 +136,6 @@ def read_shape(a: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.minimum(a, b).sum((1, 2)) / np.maximum(a, b).sum((1, 2)).clip(1)
-
-
-def nearest_size(radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    off = abs(np.log(radius[:, None] / np.array(list(SIZES.values()))))
-    return off.argmin(1), off.min(1) < SIZE
-
-
-def nearest_position(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    places = np.array(list(POSITIONS.values()))
-    off = np.hypot(x[:, None] - places[:, 0], y[:, None] - places[:, 1])
-    return off.argmin(1), off.min(1) < POSITION
 
 
 def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dict[str, Any]:
@@ -201,8 +188,7 @@ def grain(pictures: Tensor | np.ndarray) -> float | None:
         if len(x):
             a, _ = cover(x, read_colour(x)[0])
             near = max_pool2d(torch.from_numpy(a).float()[:, None], 2 * GAP + 1, 1, GAP)[:, 0] > 0
-            off = x - np.array(BACKGROUND, np.float32)[:, None, None]
-            ground = (off**2).mean(1)[~near.numpy()]
+            ground = ((x - WHITE) ** 2).mean(1)[~near.numpy()]
             square, count = square + float(ground.sum(dtype=np.float64)), count + ground.size
     return (square / count) ** 0.5 if count else None
 
@@ -219,20 +205,10 @@ def chance(wanted: Sequence[Attributes]) -> dict[str, float]:
         \text{ for colour, shape, size, position}; \qquad
         \prod_{\text{asked}} \tfrac{1}{|\text{values}|} \text{ for all, its mean over prompts}
     """
-    part = {
-        "colour": 1 / len(COLOURS),
-        "shape": 1 / len(SHAPES),
-        "size": 1 / len(SIZES),
-        "position": 1 / len(POSITIONS),
-    }
-    asked = {
-        name: value
-        for name, value in part.items()
-        if any(getattr(want, name) is not None for want in wanted)
-    }
-    whole = [
-        np.prod([part[name] for name, value in want._asdict().items() if value is not None])
-        for want in wanted
-    ]
+    values = zip(Attributes._fields, (COLOURS, SHAPES, SIZES, POSITIONS), strict=True)
+    part = {name: 1 / len(known) for name, known in values}
+    said = [[name for name in part if getattr(want, name) is not None] for want in wanted]
+    asked = {name: value for name, value in part.items() if any(name in one for one in said)}
+    whole = [np.prod([part[name] for name in one]) for one in said]
     chances = asked | {"mean": float(np.mean(list(asked.values()))), "all": float(np.mean(whole))}
     return {f"chance_{name}": value for name, value in chances.items()}

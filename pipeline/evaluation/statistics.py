@@ -102,12 +102,7 @@ class Statistics:
 
 
 def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Statistics]:
-    """The statistics of each class.
-
-    Arguments:
-        features: Features, with shape :math:`(N, D)`.
-        labels: The class of each.
-    """
+    """The statistics of each class, of features (N, D) and the class of each."""
     if len(features) != len(labels):
         raise ValueError(
             f"There are {len(features)} features and {len(labels)} labels; expected as many."

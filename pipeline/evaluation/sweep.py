@@ -66,23 +66,12 @@ class Protocol:
 
 
 class Sweep:
-    """What all points share: protocol, features, and the measures of data that were opened.
-
-    Arguments:
-        protocol: How models are measured.
-        features: What reads the pictures.
-        clip: Scores prompts too, where it is given.
-        store: Where results are kept.
-        command: The line that asked for all this.
+    """What all points share: protocol, features, CLIP where prompts are scored too, the store, the
+    command that asked for all this, and the measures of data that were opened.
     """
 
     def __init__(
-        self,
-        protocol: Protocol,
-        features: Features,
-        clip: CLIP | None,
-        store: Store,
-        command: str,
+        self, protocol: Protocol, features: Features, clip: CLIP | None, store: Store, command: str
     ) -> None:
         self.protocol, self.features, self.clip = protocol, features, clip
         self.store, self.command, self.likelihood = store, command, Likelihood()
@@ -100,23 +89,17 @@ class Sweep:
                     f"{data.codec.plural} of {math.prod(data.shape)} numbers, and evaluate "
                     "measures pictures."
                 )
-            measure = Measure(data, self.features, self.protocol.number, self.clip)
-            self.measures[key] = measure
+            self.measures[key] = Measure(data, self.features, self.protocol.number, self.clip)
         return self.measures[key]
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """All that decides the results of a model, but how it is drawn from."""
-        found = {"sha256": checkpoint.sha256, "pictures": self.protocol.number}
-        found |= {
-            k: v
-            for k, v in asdict(self.protocol).items()
-            if k not in ("number", "likelihood", "ladder")
-        }
-        found |= {
-            "features": self.features.fingerprint(),
-            "clip": self.clip and self.clip.fingerprint(),
-            "version": VERSION,
-        }
+        told = asdict(self.protocol)
+        found = {"sha256": checkpoint.sha256, "pictures": told["number"]}
+        found |= {key: told[key] for key in ("seed", "seeds", "micro_batch")}
+        found["features"] = self.features.fingerprint()
+        found["clip"] = self.clip and self.clip.fingerprint()
+        found["version"] = VERSION
         if self.protocol.ladder:
             found["ladder"] = True
         if self.protocol.likelihood is not None:
@@ -132,9 +115,7 @@ class Model:
     """A model in a sweep.
 
     Arguments:
-        checkpoint: Its checkpoint.
         generator: What draws from it; sampler and guidance may change between points.
-        sweep: What it shares with others.
     """
 
     def __init__(self, checkpoint: Checkpoint, generator: Generator, sweep: Sweep) -> None:
@@ -142,11 +123,8 @@ class Model:
         self.settings = sweep.settings(checkpoint)
 
     def point(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """The result of the model as it is drawn from now, from its file where it was finished
-        before.
-
-        Arguments:
-            chosen: Sampler and guidance in words.
+        """The result of the model as it is drawn from now, by sampler and guidance in words; from
+        its file where it was finished before.
         """
         store, settings = self.sweep.store, chosen | self.settings
         result = first(lambda: store.find(settings))
@@ -197,10 +175,8 @@ class Model:
             return {}
         data, n = self.sweep.measure(self.checkpoint).data, protocol.likelihood
         b, seed = protocol.micro_batch, protocol.seed
-        silent = True if generator.place()[0] > 0 else None
-        with tqdm(
-            total=generator.rounds(n, b), desc="Likelihood", unit="batch", disable=silent
-        ) as bar:
+        rounds, silent = generator.rounds(n, b), True if generator.place()[0] > 0 else None
+        with tqdm(total=rounds, desc="Likelihood", unit="batch", disable=silent) as bar:
             bits = bits_of_held_out(generator, data, n, self.sweep.likelihood, seed, b, bar.update)
         error = bits.std().item() / math.sqrt(n)
         return {"bits_per_dim": bits.mean().item(), "bits_per_dim_error": error}

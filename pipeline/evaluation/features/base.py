@@ -63,11 +63,7 @@ class Features(Part, ABC):
 
     @abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
-        """The network's input.
-
-        Arguments:
-            x: Pictures in [0, 255], float32, with shape :math:`(B, 3, H, W)`.
-        """
+        """The network's input, of float32 pictures (B, 3, H, W) in [0, 255]."""
 
     def logits(self, features: Tensor) -> Tensor:
         """What the network's classifier, where it is `classified`, says of features (B, D), with
@@ -108,11 +104,8 @@ class Features(Part, ABC):
             return self.network(self.prepare(x.float())).float()
 
     def read(self, pictures: Tensor | np.ndarray, batch_size: int = 64) -> Iterator[Tensor]:
-        """The features of many pictures, `batch_size` at a time, in order.
-
-        Arguments:
-            pictures: uint8, with shape :math:`(N, C, H, W)`, in memory or mapped.
-            batch_size: How many are read together. Memory grows with it.
+        """The features of many uint8 pictures (N, C, H, W), in memory or mapped, `batch_size` at
+        a time, in order.
         """
         for start in range(0, len(pictures), batch_size):
             some = pictures[start : start + batch_size]

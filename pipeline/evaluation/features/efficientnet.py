@@ -105,9 +105,8 @@ class EfficientNet(nn.Module):
             self.fc = nn.Linear(1280, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = relu6(
-            self.bn0(self.conv_stem(pad(x, (0, 1, 0, 1)))), inplace=True
-        )  # (B, 32, 112, 112)
+        x = self.conv_stem(pad(x, (0, 1, 0, 1)))  # (B, 32, 112, 112)
+        x = relu6(self.bn0(x), inplace=True)
         for block in self.blocks:
             x = block(x)  # (B, 112, 14, 14) after block 10, (B, 320, 7, 7) after block 15
         if self.conv_head is not None:
@@ -127,14 +126,9 @@ class Block(nn.Module):
             self.bn0 = norm(width)
         # sides are even wherever the stride is 2, so 'SAME' lacks kernel - 2 pixels there
         self.lack = ((kernel - 2) // 2, (kernel - 1) // 2) * 2 if stride == 2 else None
+        padding = 0 if self.lack else kernel // 2
         self.depthwise_conv = nn.Conv2d(
-            width,
-            width,
-            kernel,
-            stride,
-            padding=0 if self.lack else kernel // 2,
-            groups=width,
-            bias=False,
+            width, width, kernel, stride, padding, groups=width, bias=False
         )
         self.bn1 = norm(width)
         self.project_conv = nn.Conv2d(width, out, 1, bias=False)

@@ -65,10 +65,12 @@ class Vision(Features):
     @property
     def protocol(self) -> str:
         mean, std = (tuple(round(v, 6) for v in values) for values in self.scaling)
-        return (
-            f"uint8, bicubic with antialiasing to {self.side} x {self.side} unrounded, "
-            f"(x / 255 - {mean}) / {std}"
-        )
+        return f"uint8, {self.resizing}, (x / 255 - {mean}) / {std}"
+
+    @property
+    def resizing(self) -> str:
+        """How a picture gets the size of the network's input, in words."""
+        return f"bicubic with antialiasing to {self.side} x {self.side} unrounded"
 
     @property
     def weights(self) -> str:
@@ -128,7 +130,10 @@ class Vision(Features):
 
     def prepare(self, x: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in self.scaling)
-        return (resize(x, self.side) / 255 - mean) / std
+        return (self.resized(x) / 255 - mean) / std
+
+    def resized(self, x: Tensor) -> Tensor:
+        return resize(x, self.side)
 
 
 class Summary(nn.Module):
