@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pipeline.doors.shared import (
     add_features,
     add_model,
+    add_number,
     choose,
     open_model,
     read_features,
@@ -32,16 +33,8 @@ one that --out holds already is not drawn again. On several devices:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, several=True)
-    parser.add_argument(
-        "--number", type=int, default=256, metavar="N", help="pictures (default: 256)"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        metavar="K",
-        help="draw K times N pictures, for the spread of the scores (default: 1)",
-    )
+    add_number(parser, "--number", "N", 256, "pictures")
+    add_number(parser, "--seeds", "K", 1, "draw K times N pictures, for the spread of the scores")
     add_features(parser)
     parser.add_argument(
         "--clip", metavar="FOLDER", help="a CLIP, a folder or a name on the hub, to score prompts"

@@ -174,9 +174,5 @@ def resumed(args: argparse.Namespace) -> tuple[list[str], str | None, str | None
                 f"--resume {run}: there is no {run / names[0]}; give the folder of a run that was "
                 "stopped."
             )
-    config, checkpoint = newest_config(run), run / LAST
-    return (
-        [str(config), *args.config],
-        args.run or args.resume,
-        args.ckpt_path or str(checkpoint),
-    )
+    files = [str(newest_config(run)), *args.config]
+    return files, args.run or args.resume, args.ckpt_path or str(run / LAST)

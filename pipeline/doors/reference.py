@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.doors.shared import (
-    add_device_and_trust,
-    add_features,
-    read_features,
-)
+from pipeline.doors.shared import add_device_and_trust, add_features, add_number, read_features
 from pipeline.errors import UserError
 from pipeline.files import check_writable
 
@@ -40,21 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="a checkpoint or a run's folder, with its data"
     )
     source.add_argument("--pictures", metavar="FOLDER", help="a folder of pictures, all of it")
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=32,
-        metavar="PIXELS",
-        help="the side that pictures of a folder are brought to (default: 32)",
-    )
+    add_number(parser, "--size", "PIXELS", 32, "the side that pictures of a folder are brought to")
     add_features(parser)
     parser.add_argument("--split", default="train", help="which rows (default: train)")
     parser.add_argument(
         "--number", type=int, metavar="N", help="pictures, drawn at random (default: all)"
     )
-    parser.add_argument(
-        "--batch", type=int, default=64, metavar="B", help="pictures read together (default: 64)"
-    )
+    add_number(parser, "--batch", "B", 64, "pictures read together")
     parser.add_argument(
         "--out", metavar="FILE", help="where to write (default: the cache, where it is found)"
     )

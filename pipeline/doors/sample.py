@@ -60,9 +60,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         for warning in caught:
             print(f"warning: {warning.message}", file=sys.stderr)
         numbers = {"x": draws.x, "acceptance": draws.acceptance, "diverged": draws.diverged}
-        tensors = {
-            name: value.contiguous() for name, value in numbers.items() if value is not None
-        }
+        tensors = {name: x.contiguous() for name, x in numbers.items() if x is not None}
         with whole(out / "draws.safetensors") as part:
             save_file(tensors, part, {"command": line, "config": text})
         (out / "config.yaml").write_text(text, encoding="utf-8")

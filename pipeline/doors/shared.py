@@ -58,15 +58,17 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
         help="guidance: 0 ignores the prompt, 1 is the model as it was trained, more is stronger "
         f"(default: the run's){commas}",
     )
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        default=16,
-        metavar="B",
-        help="pictures drawn together (default: 16)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
+    add_number(parser, "--micro-batch", "B", 16, "pictures drawn together")
+    add_number(parser, "--seed", "SEED", 0, "the first seed")
     add_device_and_trust(parser)
+
+
+def add_number(
+    parser: argparse.ArgumentParser, name: str, metavar: str, default: int, what: str
+) -> None:
+    """A whole number, whose default is said."""
+    told = f"{what} (default: {default})"
+    parser.add_argument(name, type=int, default=default, metavar=metavar, help=told)
 
 
 def add_device_and_trust(parser: argparse.ArgumentParser) -> None:
