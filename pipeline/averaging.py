@@ -77,13 +77,7 @@ def combination(
 
 
 def keep(folder: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> None:
-    """Keep averages by length for later, in a folder of their own.
-
-    Arguments:
-        folder: The run's folder.
-        step: The step they are of.
-        averages: The weights by name, of each length.
-    """
+    """Keep the averages of a step, for each length the weights by name, in the run's folder."""
     from safetensors.torch import save_file
 
     named = {
@@ -98,12 +92,9 @@ def keep(folder: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> Non
 def reconstruct(
     folder: Path, step: int, length: float, own: Mapping[float, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The average of another length at a step, from what a run kept before it.
+    """The average of another relative length σ_rel at a step t, from what a run kept before it.
 
     Arguments:
-        folder: The run's folder.
-        step: The step t.
-        length: The relative length σ_rel.
         own: The averages at step t itself, by their length: without them what came after the
             last kept step would be missing.
 

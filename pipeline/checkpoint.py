@@ -91,12 +91,7 @@ def write(
     """Write a model that was trained from Python, to be drawn from like any other.
 
     Arguments:
-        path: The file.
-        denoiser: See `about`, as the next four.
-        codec:
-        conditioning:
-        sampler:
-        guidance:
+        denoiser, codec, conditioning, sampler, guidance: See `about`.
         averages: Averages of the denoiser's weights, by name; the first is what is drawn with.
 
     Raises:
@@ -178,9 +173,8 @@ class Checkpoint:
         except (RuntimeError, TypeError, AttributeError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[min(1, len(lines) - 1)].strip()
-            raise UserError(f"The weights in {self.path} do not fit its network: {reason}") from (
-                error
-            )
+            sentence = f"The weights in {self.path} do not fit its network: {reason}"
+            raise UserError(sentence) from error
         return denoiser.eval().requires_grad_(False)
 
     def weights(self, average: str | None = None) -> dict[str, Tensor]:
@@ -269,16 +263,10 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"There is no checkpoint {path}; `make train` makes one in runs/, or name another."
         )
+    broken = RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-    ) as error:
+    except broken as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint; it may be cut short or another kind of file."
         ) from error

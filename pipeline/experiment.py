@@ -1,7 +1,6 @@
 """An experiment: model, data and trainer from YAML, and the folder of its run."""
 
 import ctypes
-import itertools
 import logging
 import os
 import shutil
@@ -29,7 +28,7 @@ from pipeline.checkpoint import BEFORE, LAST, Checkpoint, differences
 from pipeline.data import DataModule
 from pipeline.denoisers import Denoiser
 from pipeline.errors import UserError
-from pipeline.files import whole
+from pipeline.files import fresh, whole
 from pipeline.module import ScoreModule
 from pipeline.tracking import loggers
 
@@ -199,12 +198,8 @@ class Experiment:
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
 
     def open_run(self, trainer: pl.Trainer, command: str, step: int | None = None) -> None:
-        """Take the run's folder, and write down how the run was made.
-
-        Arguments:
-            trainer: Gets the loggers.
-            command: What the run was told.
-            step: The steps behind a run that goes on in its own folder.
+        """Take the run's folder, write down how the run was made, and give the trainer its
+        loggers; `step` are the steps behind a run that goes on in its own folder.
 
         Raises:
             UserError: It cannot be written to, or holds a run.
@@ -253,18 +248,13 @@ def claim(run: Path, text: str, goes_on: bool) -> Path:
 
 
 def new_run(folder: Path) -> Path:
-    """A folder that nobody has, named like this one: another run may begin in the same second."""
-    for k in itertools.count(2):
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            folder = folder.with_name(f"{folder.name.partition('.')[0]}.{k}")
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written to: {error.strerror}; give --run FOLDER."
-            ) from error
-    raise AssertionError  # the count has no end
+    """A folder that nobody has, named like this one."""
+    try:
+        return fresh(folder, ".")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to: {error.strerror}; give --run FOLDER."
+        ) from error
 
 
 def newest_config(run: Path) -> Path:

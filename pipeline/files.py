@@ -4,6 +4,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ __all__ = [
     "cache_folder",
     "check_writable",
     "digest",
+    "fresh",
     "model_folder",
     "new_folder",
     "packaged",
@@ -93,14 +95,8 @@ def sha256(*files: Path) -> str:
 
 @functools.cache
 def packaged(module: str, name: str, expected: str, requirement: str, otherwise: str) -> Path:
-    """A file of weights in an installed package, its sha256 checked once a process.
-
-    Arguments:
-        module: The package, as Python imports it; it is not imported.
-        name: The file in it.
-        expected: Its sha256.
-        requirement: The package, as pip knows it.
-        otherwise: What a person can do without it.
+    """A file of weights in an installed package, which is not imported; its sha256 is checked once
+    a process. `requirement` is the package as pip knows it, `otherwise` what one can do without.
 
     Raises:
         UserError: The package is not installed, or the file is another.
@@ -115,8 +111,7 @@ def packaged(module: str, name: str, expected: str, requirement: str, otherwise:
     if not file.is_file() or sha256(file) != expected:
         raise UserError(
             f"{file} is not there or does not hold the weights of {requirement} (their sha256 "
-            "begins with "
-            f"{expected[:16]}); reinstall {requirement}, as `make setup` does."
+            f"begins with {expected[:16]}); reinstall {requirement}, as `make setup` does."
         )
     return file
 
@@ -125,14 +120,8 @@ def model_folder(
     name: str, files: Sequence[str], lacks: Callable[[Path], list[str]], what: str, example: str
 ) -> Path:
     """The folder of a `transformers` model: one here, or one of the Hugging Face hub, from its
-    local cache where it is whole there.
-
-    Arguments:
-        name: A folder, or a name on the hub.
-        files: Patterns of the files that are fetched.
-        lacks: What a folder lacks, in words.
-        what: What is looked for, to begin a sentence.
-        example: What could be given.
+    local cache where it is whole there. `files` are patterns of what is fetched, and `lacks` says
+    what a folder lacks; `what` is looked for, and `example` could be given, in a sentence.
 
     Raises:
         UserError: It is not there, or lacks something.
@@ -216,11 +205,8 @@ def new_folder(out: str | None, results: Sequence[str]) -> Iterator[Path]:
         held.callback(_remove, made)
         check_writable(folder if out else folder.parent, folder)
         if out is None:
-            first, again = folder, 1
-            while not _make(folder):  # another process has begun in this second
-                again += 1
-                folder = first.with_name(f"{first.name}-{again}")
-            made[:] = [folder, *(f for f in made if f != first)]
+            named, folder = folder, fresh(folder, "-")
+            made[:] = [folder, *(f for f in made if f != named)]
         opened = os.open(folder, os.O_RDONLY)
         held.callback(os.close, opened)
         try:
@@ -238,13 +224,16 @@ def new_folder(out: str | None, results: Sequence[str]) -> Iterator[Path]:
         yield folder
 
 
-def _make(folder: Path) -> bool:
-    """Make a folder; whether it was not there."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
+def fresh(folder: Path, between: str) -> Path:
+    """A folder made anew, of this name or, where one is there, with a number behind it: another
+    process may have begun in the same second.
+    """
+    names = (folder.with_name(f"{folder.name}{between}{k}") for k in itertools.count(2))
+    for one in itertools.chain([folder], names):
+        with suppress(FileExistsError):
+            one.mkdir(parents=True)
+            return one
+    raise AssertionError  # the count has no end
 
 
 def _remove(folders: list[Path]) -> None:

@@ -20,17 +20,11 @@ PATIENCE = 30  # seconds that a server has to answer in
 
 
 def loggers(run: Path, project: str, config: dict[str, Any], step: int = 0) -> "list[Logger]":
-    """The loggers of a run.
+    """The loggers of a run, each told all that is to be known of it, `config`.
 
     `WANDB_MODE` is obeyed where it is set ("online", "offline", "disabled"). A resumed run
     continues its own W&B run. Where the server does not answer the run is kept offline, with a
-    word: compute nodes often reach none.
-
-    Arguments:
-        run: The run's folder.
-        project: The W&B project.
-        config: All that is to be known about the run; it is written into each logger.
-        step: The steps that the run has behind it.
+    word: compute nodes often reach none. `step` are the steps that the run has behind it.
     """
     found: list[Logger] = [_csv(run, step)]
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
