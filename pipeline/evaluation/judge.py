@@ -143,13 +143,7 @@ class Shapes(nn.Module):
 
 
 class Judge(nn.Module):
-    """Reads each label by colours or by shapes.
-
-    Arguments:
-        channels: The number C of channels of a picture.
-        side: The side of a picture.
-        values: The values of each label.
-    """
+    """Reads each label, of known values, by colours or by shapes."""
 
     by_shapes: Tensor
 
@@ -181,11 +175,9 @@ class Judge(nn.Module):
     def adherence(
         self, pictures: Tensor, wanted: Labels, order: np.random.Generator
     ) -> dict[str, Any]:
-        """Read the labels back from pictures.
+        """Read back, label by label, what was wanted of uint8 pictures (N, C, H, W).
 
         Arguments:
-            pictures: uint8, with shape (N, C, H, W).
-            wanted: What was asked of each, label by label.
             order: Decides how prompts are shuffled.
 
         Returns:

@@ -48,8 +48,6 @@ class Measure:
     Where processes draw together, each reads the features of its share, and all have the scores.
 
     Arguments:
-        data: The data module of the model.
-        features: What reads the pictures.
         number: The number N of pictures, at least `FEWEST`. They are held in memory, as uint8.
         clip: Scores prompts too, where it is given.
 
@@ -84,9 +82,7 @@ class Measure:
         """Draw picture i with seed `seed` + i, and score.
 
         Arguments:
-            generator: What draws.
             seed: The first seed. On the built-in shapes it decides the order of prompts too.
-            micro_batch: How many are drawn together.
             progress: Called with the state after each step of the sampler.
 
         Returns:

@@ -35,11 +35,8 @@ def reference_of(
     """The reference of a split, read where it was made before.
 
     Arguments:
-        data: The data module.
         split: `train`, `val`, or another that the data module knows.
-        features: What reads the pictures.
         number: Take so many pictures, drawn at random by a fixed seed; all by default.
-        batch_size: How many are read together.
         path: The file; by default one in the cache, named after all that decides it.
 
     Raises:
