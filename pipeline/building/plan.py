@@ -161,12 +161,8 @@ class Resolver:
     def check_trust(self, path: str, named: str, at: At) -> None:
         if self.trust is None or any(path.startswith(f"{one}.") for one in self.trust):
             return
-        known = ", ".join(self.trust)
-        raise self.error(
-            at,
-            f"names {named}, which is not in a trusted package ({known}); allow one of yours with "
-            "--trust PACKAGE",
-        )
+        said = f"names {named}, which is not in a trusted package ({', '.join(self.trust)})"
+        raise self.error(at, f"{said}; allow one of yours with --trust PACKAGE")
 
     def find(self, path: str, at: At) -> Any:
         """What a dotted path names: in the longest part of it that is a module."""
@@ -181,9 +177,8 @@ class Resolver:
                 missing = error.name if isinstance(error, ModuleNotFoundError) else None
                 if missing and f"{name}.".startswith(f"{missing}."):
                     continue
-                raise self.error(
-                    at, f"names {path}: {name} cannot be imported: {error}"
-                ) from error
+                said = f"names {path}: {name} cannot be imported: {error}"
+                raise self.error(at, said) from error
             for part in parts[n:]:
                 if not hasattr(found, part):
                     said = f"names {path}, and {name} has no {part}{near(part, dir(found))}"

@@ -17,13 +17,7 @@ __all__ = ["Last", "Stopped"]
 
 
 class Stopped(Exception):
-    """A run that was asked to stop has written its checkpoint.
-
-    Arguments:
-        signum: The signal that asked.
-        step: The number of optimizer steps taken.
-        path: The checkpoint.
-    """
+    """A run that a signal asked to stop has written its checkpoint, `step` steps behind it."""
 
     def __init__(self, signum: int, step: int, path: Path) -> None:
         super().__init__(f"stopped at step {step}, checkpoint {path}")
