@@ -16,17 +16,8 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-__all__ = [
-    "cache_folder",
-    "check_writable",
-    "digest",
-    "fresh",
-    "model_folder",
-    "new_folder",
-    "packaged",
-    "sha256",
-    "whole",
-]
+__all__ = ["cache_folder", "check_writable", "digest", "fresh", "model_folder", "new_folder"]
+__all__ += ["packaged", "sha256", "whole"]
 
 
 @contextmanager

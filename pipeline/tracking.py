@@ -71,27 +71,24 @@ def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
+    offline = mode == "offline"
+    # offline there is no page to point to
+    silent = offline or os.environ.get("WANDB_SILENT", "").lower() in ("true", "1")
     logger = WandbLogger(
         name=run.name,
         project=project,
         save_dir=run,
         id=_identity(run),
         resume="allow",
-        offline=mode == "offline",
+        offline=offline,
         mode=mode,  # or W&B has made up its mind when it was asked for a key
         log_model=False,
-        settings=wandb.Settings(
-            init_timeout=PATIENCE,
-            login_timeout=PATIENCE,
-            # offline there is no page to point to
-            silent=mode == "offline"
-            or os.environ.get("WANDB_SILENT", "").lower() in ("true", "1"),
-        ),
+        settings=wandb.Settings(silent=silent, init_timeout=PATIENCE, login_timeout=PATIENCE),
     )
     try:
         logger.experiment  # noqa: B018  it is opened at the first look
     except Exception as error:  # whatever a client meets on its way to a server
-        if mode == "offline":
+        if offline:
             raise
         reason = " ".join(str(error).split())[:200]
         print(
