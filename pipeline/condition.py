@@ -68,12 +68,17 @@ class Condition:
             return self
         return Condition(pad(self.tokens, (0, 0, 0, length - self.tokens.shape[1])), self.planes)
 
-    def replaced(self, null: "Condition", where: Tensor) -> "Condition":
+    def replaced(
+        self, null: "Condition", where: Tensor, planes: Tensor | None = None
+    ) -> "Condition":
         """The condition with the null condition, of one row, in the rows where `where`, with shape
-        (B,), is true.
+        (B,), is true; `planes` says it for the planes, where these are to differ.
         """
         u, null = align([self, null])
-        return u._with(null, lambda a, b: torch.where(_rows(where, a), b.to(a), a))
+        found = u._with(null, lambda a, b: torch.where(_rows(where, a), b.to(a), a))
+        if planes is None:
+            return found
+        return Condition(found.tokens, self.replaced(null, planes).planes)
 
     def beside(self, null: "Condition") -> "Condition":
         """Twice the rows: the null condition, of one row, for each, then the condition."""

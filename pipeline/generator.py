@@ -6,18 +6,19 @@ and evaluation all draw through it.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.codec import Codec
 from pipeline.condition import Condition
-from pipeline.conditioning import Conditioning
+from pipeline.conditioning import Conditioning, Given, Picture
 from pipeline.denoisers import Denoiser
 from pipeline.distributed import gather, place
 from pipeline.errors import UserError
@@ -61,6 +62,8 @@ class Generator:
         together: bool = False,
     ) -> None:
         self.denoiser, self.conditioning, self.codec = denoiser, conditioning, codec
+        if conditioning is not None:
+            conditioning.see(codec.shape)
         self.sampler, self.guidance, self.together = sampler, guidance, together
 
     @classmethod
@@ -115,8 +118,8 @@ class Generator:
         """Draw one row for each value.
 
         Arguments:
-            values: What to condition on: prompts, class names, vectors as tuples; ignored by an
-                unconditional model.
+            values: What to condition on: prompts, class names, vectors as tuples, each with a
+                picture as a `Given`; ignored by an unconditional model.
             seeds: The seed of each.
             micro_batch: How many are drawn together. Memory grows with it.
             progress: Called with the state after each step of the sampler, `sampler.steps` times
@@ -160,6 +163,33 @@ class Generator:
                 yield from drawn[: len(values) - start].split(micro_batch)
         finally:
             self.denoiser.train(training)
+
+    def given(self, prompt: Any, picture: Image.Image) -> Given:
+        """What is drawn from, of a prompt and a person's picture in RGBA.
+
+        Raises:
+            ValueError: The model takes no picture, or not this one; the message goes on where its
+                name ends.
+        """
+        if not isinstance(self.conditioning, Picture):
+            raise ValueError("is a picture, and the model was trained without")
+        rows, known = self.conditioning.read(picture)
+        return Given(prompt, self.conditioning(self.codec.encode(rows), known)[0])
+
+    def sheet(
+        self, rows: Iterable[Tensor], values: Sequence[Any], columns: int
+    ) -> Image.Image | None:
+        """Rows at one look, before those of a picture what is known of it, and grey."""
+        cells: list[tuple[Tensor, str]] = []
+        last = None
+        for row, value in zip(rows, values, strict=True):
+            if isinstance(value, Given) and value is not last:
+                known = value.planes[:-1].expand(self.codec.shape)
+                cells.append((self.codec.decode(known), "given"))
+            cells.append((row.cpu(), str(value)))
+            last = value
+        pictures, captions = zip(*cells, strict=True)
+        return self.codec.sheet(torch.stack(pictures), captions, columns)
 
     def not_finite(self) -> str:
         scale = getattr(self.guidance, "scale", None)

@@ -17,7 +17,7 @@ from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser
 from pipeline.schedules import expand_as_batch
 
-__all__ = ["Autoguidance", "ClassifierFree", "Guidance", "Guided"]
+__all__ = ["Autoguidance", "ByPart", "ClassifierFree", "Guidance", "Guided"]
 
 
 class Guidance(Part, ABC):
@@ -106,6 +106,44 @@ class ClassifierFree(Guidance):
         if u_null is None:
             raise ValueError(f"scale = {self.scale} needs a null condition, and there is none.")
         return _ClassifierFree(denoiser, u_null, self)
+
+
+class ByPart(ClassifierFree):
+    r"""Classifier-free guidance of a condition of tokens and planes, (c, p), each part by a scale.
+
+    .. math:: D_w = D(\varnothing, \varnothing)
+        + w_p \, \big( D(\varnothing, p) - D(\varnothing, \varnothing) \big)
+        + w \, \big( D(c, p) - D(\varnothing, p) \big)
+
+    One batch, of the terms whose coefficient is not 0: two where w_p = 1, w or 0, else three.
+    Where u has one part, that part's scale is used alone.
+
+    References:
+        | InstructPix2Pix: Learning to Follow Image Editing Instructions (Brooks et al., 2023),
+        |   equation (3)
+        | https://arxiv.org/abs/2211.09800
+
+    Arguments:
+        scale: The scale w of the tokens, above what the picture says.
+        planes_scale: The scale w_p of the planes; 1 leaves them as the data have them.
+        interval: Where it guides; see `Guidance`.
+        negative: A prompt to go away from, in place of the null tokens.
+    """
+
+    def __init__(
+        self,
+        scale: float = 2.0,
+        planes_scale: float = 1.0,
+        interval: Sequence[float] | None = None,
+        negative: str | None = None,
+    ) -> None:
+        super().__init__(scale, interval, negative)
+        self.planes_scale = float(planes_scale)
+
+    def __call__(self, denoiser: Denoiser, u_null: U) -> Denoiser:
+        if u_null is None:
+            raise ValueError("Guidance by part needs a null condition, and there is none.")
+        return _ByPart(denoiser, u_null, self)
 
 
 class Autoguidance(Guidance):
@@ -209,6 +247,30 @@ class _ClassifierFree(Guided):
         values = _tuple(getattr(self.denoiser, what)(x_t, t, both))
         weak, strong = zip(*(value.chunk(2) for value in values), strict=True)
         return weak, strong
+
+
+class _ByPart(_ClassifierFree):
+    def __init__(self, denoiser: Denoiser, u_null: Condition, guidance: ByPart) -> None:
+        super().__init__(denoiser, u_null, guidance)
+        self.interval = guidance.interval
+        self.scales = guidance.scale, guidance.planes_scale
+        self.scale = 0.0  # the first of `_both` is guided already
+
+    def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
+        if u is None:
+            raise ValueError("Guidance needs a condition u, and None was given.")
+        w, w_p = self.scales
+        w, w_p = w_p if u.tokens is None else w, w if u.planes is None else w_p
+        every = torch.ones(len(u), dtype=torch.bool, device=x_t.device)
+        neither, picture = (u.replaced(self.u_null, every, planes) for planes in (every, ~every))
+        terms = [(1 - w_p, neither), (w_p - w, picture), (w, u)]
+        terms = [term for term in terms if term[0] or term[1] is u]
+        n = len(terms)
+        rows, t = x_t.repeat(n, *[1] * (x_t.ndim - 1)), t.repeat(n) if t.ndim else t
+        given = Condition.stack([term for _, term in terms])
+        values = [v.chunk(n) for v in _tuple(getattr(self.denoiser, what)(rows, t, given))]
+        guided = [sum(c * d for (c, _), d in zip(terms, of, strict=True)) for of in values]
+        return tuple(guided), tuple(of[-1] for of in values)
 
 
 class _Autoguided(Guided):

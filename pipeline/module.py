@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import about
+from pipeline.condition import Condition
 from pipeline.data import Batch, DataModule
 from pipeline.denoisers import Preconditioned
 from pipeline.distributed import assembled, share
@@ -44,8 +45,9 @@ class ScoreModule(pl.LightningModule):
             the model.
         guidance: How those samples are guided, likewise.
         optimizer: Makes the optimizer from the parameters.
-        condition_dropout: The share of examples whose condition is replaced by the null condition,
-            in [0, 1).
+        condition_dropout: The share of examples whose tokens of u are replaced by those of the
+            null condition, in [0, 1).
+        planes_dropout: The share whose planes of u are, likewise and independently.
         warmup: The number of steps over which the learning rate rises from 0; it then falls to 0
             as half a cosine over the steps of the run, or stays where it is if the run has no end.
         seed: Decides all that is drawn in training.
@@ -59,18 +61,20 @@ class ScoreModule(pl.LightningModule):
         guidance: Guidance | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
         condition_dropout: float = 0.1,
+        planes_dropout: float = 0.1,
         warmup: int = 100,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= condition_dropout < 1:
-            raise ValueError(
-                f"condition_dropout = {condition_dropout} must lie in [0, 1): it is a share "
-                f"of examples."
-            )
+        for name, share in (("condition", condition_dropout), ("planes", planes_dropout)):
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"{name}_dropout = {share} must lie in [0, 1): it is a share of examples."
+                )
         self.denoiser, self.objective = denoiser, objective
         self.sampler, self.guidance = sampler, guidance
-        self.optimizer, self.condition_dropout = optimizer, condition_dropout
+        self.optimizer = optimizer
+        self.condition_dropout, self.planes_dropout = condition_dropout, planes_dropout
         self.warmup, self.seed = warmup, seed
         self.begun = False
         self.skipped = torch.zeros(2, dtype=torch.int64)  # steps: in a row until now, and in all
@@ -127,13 +131,19 @@ class ScoreModule(pl.LightningModule):
         self.reseed(mix(self.seed, seen, self.global_rank))
         noise = self.noise("train", seen, n=n)
         u = batch.u
-        if u is not None and batch.u_null is not None and self.condition_dropout:
-            u = u.replaced(batch.u_null, noise.uniform(n) < self.condition_dropout)
+        if u is not None and batch.u_null is not None:
+            u = self.dropped(u, batch.u_null, noise)
         loss = self.objective(self.denoiser, batch.x, u, noise).mean()
         if self.written(self.trainer.global_step + 1):
             self.log("train/loss", loss, prog_bar=True)
         # 1, or NaN where the loss is not finite: then the gradient is not either, on all devices
         return loss * (1 + (loss.detach() - loss.detach()))
+
+    def dropped(self, u: Condition, null: Condition, noise: Noise) -> Condition:
+        """u with the null condition in place of some tokens and of some planes."""
+        where = noise.uniform(len(u)) < self.condition_dropout
+        planes = None if u.planes is None else noise.uniform(len(u)) < self.planes_dropout
+        return u.replaced(null, where, planes)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         if self.written(self.trainer.global_step):

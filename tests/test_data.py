@@ -361,7 +361,7 @@ def test_mirrored_relations_are_held_out_together() -> None:
 
 def test_relations_draw_what_they_say(tmp_path: Path) -> None:
     data = Relations(None, 1, cache_dir=str(tmp_path))
-    x, captions, _ = data.rows("unseen")
+    x, captions, *_ = data.rows("unseen")
     i = next(i for i, c in enumerate(captions) if c.startswith("a red") and "left of a blue" in c)
     left, right = x[i, :, :, :16].astype(int), x[i, :, :, 16:].astype(int)
     assert (left[0] - left[2]).sum() > 1000 and (right[2] - right[0]).sum() > 1000

@@ -141,7 +141,7 @@ def test_what_is_held_out(tmp_path: Path) -> None:
     pairs = Relations(None, 1, cache_dir=str(tmp_path / "cache"))
     assert set(pairs.held_out(20)[0]) <= set(pairs.captions("unseen"))
 
-    x, labels, _ = classes.rows("val")
+    x, labels, *_ = classes.rows("val")
     values, truth = classes.held_out(13)
     assert truth.shape == (10, 3, 32, 32) and len(values) == 13
     rows = [next(k for k in range(10) if np.array_equal(x[k], one)) for one in truth.numpy()]

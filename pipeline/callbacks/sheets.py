@@ -52,7 +52,7 @@ class SampleSheet(pl.Callback):
             return
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        sheet = data.codec.sheet(rows, list(map(str, prompts)), self.columns)
+        sheet: Any = generator.sheet(rows, prompts, self.columns)
         file = Path(trainer.default_root_dir) / f"sheets/step-{trainer.global_step:06d}.png"
         with whole(file, alone=True) as part:
             sheet.save(part, "png")

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.building import Part
 from pipeline.codec import Codec
-from pipeline.condition import U, mirror
-from pipeline.conditioning import Conditioning, Table, embed_distinct, hashable
+from pipeline.condition import Condition, U, mirror
+from pipeline.conditioning import Conditioning, Given, Picture, Table, embed_distinct, hashable
 from pipeline.data.order import Draw, Order, Pass, in_rounds
 from pipeline.distributed import share
 from pipeline.errors import UserError
 from pipeline.files import cache_folder
+from pipeline.noise import Noise, PictureNoise
 
 __all__ = ["Batch", "DataModule", "Raw", "Rows", "Source"]
 
@@ -52,12 +53,14 @@ class Source(NamedTuple):
     per row, or None.
 
     A row may have more values (several captions of a picture): one of all is drawn each time that
-    it is trained on, and `values` are the first of each.
+    it is trained on, and `values` are the first of each. Of pairs, `given` are the other
+    pictures, as x.
     """
 
     x: np.ndarray
     values: Sequence | None
     more: Sequence[Sequence] | None = None
+    given: np.ndarray | None = None
 
     def every(self) -> list[tuple]:
         """All the values of each row."""
@@ -88,6 +91,7 @@ class Raw(NamedTuple):
     u: Tensor | U | list[str]
     flip: Tensor
     weight: Tensor
+    given: Tensor | None = None
 
 
 class Rows(Dataset):
@@ -98,6 +102,7 @@ class Rows(Dataset):
         index: The rows of the table that each x is conditioned on, or None.
         table: The K distinct conditions, if they are to be gathered here and not on the device.
         values: In place of both, what each x is conditioned on.
+        given: Of pairs, the other pictures.
     """
 
     def __init__(
@@ -106,8 +111,10 @@ class Rows(Dataset):
         index: Index | None = None,
         table: Table | None = None,
         values: Sequence | None = None,
+        given: np.ndarray | None = None,
     ) -> None:
         self.x, self.index, self.table, self.values = x, index, table, values
+        self.given = given
 
     def __len__(self) -> int:
         return len(self.x)
@@ -118,16 +125,23 @@ class Rows(Dataset):
         u: Any = index if index is None or self.table is None else self.table[index]
         if self.values is not None:
             u = [self.values[k] for k in draw.rows.tolist()]
-        return Raw(x, u, torch.from_numpy(draw.flip), torch.from_numpy(draw.weight))
+        flip, weight = torch.from_numpy(draw.flip), torch.from_numpy(draw.weight)
+        other = None if self.given is None else torch.from_numpy(self.given[draw.rows])
+        return Raw(x, u, flip, weight, other)
 
     def __getstate__(self) -> dict[str, Any]:
         # pickling a memory map copies the whole of it: a spawned worker is told the file instead
-        mapped = isinstance(self.x, np.memmap) and str(self.x.filename).endswith(".npy")
-        return self.__dict__ | ({"x": str(self.x.filename)} if mapped else {})  # type: ignore[attr-defined]
+        mapped = {
+            name: str(value.filename)
+            for name, value in self.__dict__.items()
+            if isinstance(value, np.memmap) and str(value.filename).endswith(".npy")
+        }
+        return self.__dict__ | mapped
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        x = state["x"]
-        self.__dict__ |= state | ({"x": np.load(x, mmap_mode="r")} if isinstance(x, str) else {})
+        files = {name: value for name, value in state.items() if isinstance(value, str)}
+        opened = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+        self.__dict__ |= state | opened
 
 
 class Loader(DataLoader):
@@ -181,6 +195,8 @@ class DataModule(Part, L.LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         self.codec, self.conditioning = codec, conditioning
+        if conditioning is not None:
+            conditioning.see(codec.shape)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.table_gib = table_gib
@@ -198,9 +214,25 @@ class DataModule(Part, L.LightningDataModule, ABC):
     def source(self, split: str) -> Source:
         """The rows of a split; made and cached at the first call."""
 
-    def rows(self, split: str) -> Source:
+    @property
+    def picture(self) -> Picture | None:
+        """What makes planes of u, where u has some that are made of pictures."""
+        return self.conditioning if isinstance(self.conditioning, Picture) else None
+
+    @property
+    def prompt(self) -> Conditioning | None:
+        """What makes u, or its tokens, of the value of a row."""
+        return self.conditioning if self.picture is None else self.picture.prompt
+
+    def rows(self, split: str, **how: Any) -> Source:
         if split not in self._rows:
-            self._rows[split] = self.source(split)
+            found = self.source(split, **how)
+            if self.picture is not None and self.picture.pairs and found.given is None:
+                raise UserError(
+                    f"{type(self.picture).__name__} is of another picture of each row, and these "
+                    "rows have none: name its column, data.condition_image."
+                )
+            self._rows[split] = found
         return self._rows[split]
 
     def values(self, split: str) -> Sequence | None:
@@ -219,8 +251,8 @@ class DataModule(Part, L.LightningDataModule, ABC):
 
     def learn(self) -> None:
         """Tells the conditioning what it takes from the data."""
-        if self.conditioning is not None and self.conditioning.open:
-            self.conditioning.learn(self.names() or self.no_values())
+        if self.prompt is not None and self.prompt.open:
+            self.prompt.learn(self.names() or self.no_values())
 
     def no_values(self) -> NoReturn:
         raise UserError(
@@ -234,10 +266,27 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return {"u_dim": u.dim if u else 0, "planes": u.planes if u else 0, **self.codec.sizes}
 
     def prompts(self, number: int = 16) -> list[Any]:
-        """Distinct values of the rows to validate on, evenly spaced: what is drawn to look at."""
-        values = self.rows("val").values
-        distinct = list(dict.fromkeys([""] if values is None else map(hashable, values)))
-        return distinct[:: max(len(distinct) // number, 1)][:number]
+        """Distinct values of the rows to validate on, evenly spaced, each with the picture of a
+        row that has it: what is drawn to look at.
+        """
+        source, first = self.rows("val"), dict[Any, int]()
+        values = [""] if source.values is None else source.values
+        alone = self.picture is not None and self.prompt is None
+        for row, value in enumerate(range(len(source.x)) if alone else values):
+            first.setdefault(hashable(value), row)
+        distinct = list(first)
+        distinct = distinct[:: max(len(distinct) // number, 1)][:number]
+        return self.given(distinct, source, [first[value] for value in distinct])
+
+    def given(self, values: list[Any], source: Source, rows: Any) -> list[Any]:
+        """Values, each with the planes of a row, where the model is given a picture."""
+        if self.picture is None:
+            return values
+        pictures = source.x if source.given is None else source.given
+        x = self.codec.encode(torch.from_numpy(np.asarray(pictures[rows])))
+        planes = self.picture(x, self.picture.known(x, PictureNoise(range(len(x)))))
+        prompts = values if self.prompt is not None else [""] * len(values)
+        return [Given(*one) for one in zip(prompts, planes, strict=True)]
 
     def asked(self, number: int) -> np.ndarray:
         """The rows of the split `val` whose values a model is asked for when it is measured: in an
@@ -249,9 +298,10 @@ class DataModule(Part, L.LightningDataModule, ABC):
         """What a model is asked for when it is measured, so many values, and the true rows of the
         first ones, all of them different.
         """
-        (x, values, _), taken = self.rows("val"), self.asked(number)
+        source, taken = self.rows("val"), self.asked(number)
+        x, values = source.x, source.values
         asked = [""] * number if values is None else [values[k] for k in taken]
-        return asked, torch.from_numpy(x[taken[: len(x)]])
+        return self.given(asked, source, taken), torch.from_numpy(x[taken[: len(x)]])
 
     def labelled(self, split: str) -> dict[str, list[str]]:
         """What else is known of each row and may be read back from a picture, label by label."""
@@ -277,7 +327,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
 
     def embed(self) -> None:
         """One table for all splits, and every row's index into it."""
-        if self.conditioning is None:
+        if self.prompt is None:
             return
         sources = [self.rows(split) for split in self.splits]
         if any(source.values is None for source in sources):
@@ -286,9 +336,9 @@ class DataModule(Part, L.LightningDataModule, ABC):
         every = [source.every() for source in sources]
         flat = [value for of_split in every for values in of_split for value in values]
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        self.conditioning.to(device)
-        self._table, index = embed_distinct(self.conditioning, flat, self.cache / "embeddings")
-        self.conditioning.to("cpu")  # the device's memory is for the training
+        self.prompt.to(device)
+        self._table, index = embed_distinct(self.prompt, flat, self.cache / "embeddings")
+        self.prompt.to("cpu")  # the device's memory is for the training
         counts = [torch.tensor([0, *map(len, of_split)]) for of_split in every]
         parts = index.split([int(count.sum()) for count in counts])
         for split, rows, count in zip(self.splits, parts, counts, strict=True):
@@ -319,7 +369,8 @@ class DataModule(Part, L.LightningDataModule, ABC):
     def gathering(self, split: str) -> Rows:
         """What gives a `Raw` batch for a `Draw`."""
         table = None if self.fits_device() else self._table
-        return Rows(self.rows(split).x, self._index.get(split), table)
+        source = self.rows(split)
+        return Rows(source.x, self._index.get(split), table, given=source.given)
 
     def seen(self) -> int:
         """Training batches seen by the run, across epochs and restarts."""
@@ -366,18 +417,31 @@ class DataModule(Part, L.LightningDataModule, ABC):
             self._on_device[device] = table, self.conditioning.null().to(device)
         return self._on_device[device]
 
+    def noise(self, x: Tensor) -> Noise:
+        """What the planes of a batch are drawn with: the same in every validation."""
+        rank, world = share(self.trainer)
+        trains = self.trainer is None or self.trainer.training
+        key = ("train", self.seen()) if trains else ("val",)
+        rows = rank * len(x), world * len(x)
+        return Noise(self.seed, "planes", *key, device=x.device, rows=rows)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Rows → x and index → u, on the device and without waiting for it."""
         if not isinstance(batch, Raw):
             return batch
-        rows, u, flip, weight = batch
+        rows, u, flip, weight, given = batch
         x = self.codec.encode(rows)
         table, u_null = self.conditions(x.device)
         if isinstance(u, list):
-            assert self.conditioning is not None
-            u = self.conditioning.embed(u).to(x.device)
+            assert self.prompt is not None
+            u = self.prompt.embed(u).to(x.device)
         elif isinstance(u, Tensor):
             u = None if table is None else table[u]
         if self.flip:
             x, u = mirror(x, flip), None if u is None else u.mirrored(flip)
+        if self.picture is not None:
+            y = x if given is None else self.codec.encode(given)
+            y = mirror(y, flip) if self.flip and given is not None else y
+            known = self.picture.known(y, self.noise(y))
+            u = Condition(None if u is None else u.tokens, self.picture(y, known))
         return Batch(x, u, u_null, weight)

@@ -53,6 +53,8 @@ class Hub(Pictures):
         image: The column of images.
         caption: The column of captions, lists of captions, or classes; by default the first that
             there is of `caption`, `text` and `label`.
+        condition_image: Of pairs, the column of the pictures that are given for those of `image`,
+            for a conditioning such as `Paired`.
         labels: Columns of words or classes that the evaluation reads back from the pictures, by a
             judge that it teaches to: `[style, subject]`.
         split: The split to train on; `all` is every row of every split.
@@ -69,6 +71,7 @@ class Hub(Pictures):
         conditioning: Conditioning | None,
         image: str = "image",
         caption: str | None = None,
+        condition_image: str | None = None,
         labels: Sequence[str] = (),
         split: str = "train",
         val_split: str | None = None,
@@ -77,6 +80,12 @@ class Hub(Pictures):
     ) -> None:
         super().__init__(conditioning, **more)
         self.path, self.image, self.asked_caption = path, image, caption
+        self.condition_image = condition_image
+        if condition_image is not None and self.picture is None:
+            raise UserError(
+                f"data.condition_image is {condition_image!r}, and data.conditioning takes no "
+                "picture: set it to conf/conditioning/paired.yaml."
+            )
         self.split, self.val_split, self.flip = split, val_split, flip
         self.labels = list(labels)
         if flip and more.get("autoencoder"):
@@ -96,8 +105,7 @@ class Hub(Pictures):
 
     def setup(self, stage: str | None = None) -> None:
         for split in self.splits:
-            if split not in self._rows:
-                self._rows[split] = self.source(split, together=place()[1] > 1)
+            self.rows(split, together=place()[1] > 1)
         super().setup(stage)
 
     @cached_property
@@ -171,8 +179,16 @@ class Hub(Pictures):
             rows = rows.select(held_out(len(rows))[split])
         if len(rows) == 0:
             self.fail_empty(split)
-        self.check_image(rows)
-        return rows.cast_column(self.image, Image(decode=False))
+        for column, argument in self.images:
+            self.check_image(rows, column, argument)
+            rows = rows.cast_column(column, Image(decode=False))
+        return rows
+
+    @property
+    def images(self) -> list[tuple[str, str]]:
+        """The columns of images, and the arguments that name them."""
+        named = (self.image, "image"), (self.condition_image, "condition_image")
+        return [(column, argument) for column, argument in named if column is not None]
 
     def split_name(self, split: str) -> str:
         """What a split is called in the data."""
@@ -210,10 +226,10 @@ class Hub(Pictures):
             return row
         return int(held_out(len(self.everything[self.split_name(split)]))[split][row])
 
-    def check_image(self, rows: "datasets.Dataset") -> None:
+    def check_image(self, rows: "datasets.Dataset", column: str, argument: str) -> None:
         from datasets import Image, Value
 
-        kind = self.feature(rows, self.image, "image")
+        kind = self.feature(rows, column, argument)
         bytes_and_path = isinstance(kind, dict) and set(kind) == {"bytes", "path"}
         if not (
             isinstance(kind, Image)
@@ -222,7 +238,7 @@ class Hub(Pictures):
         ):
             columns = listed(name for name, of in rows.features.items() if isinstance(of, Image))
             raise UserError(
-                f"Column {self.image!r} holds {kind}, not images; columns of images: "
+                f"Column {column!r} holds {kind}, not images; columns of images: "
                 f"{columns or 'none'}."
             )
 
@@ -249,7 +265,7 @@ class Hub(Pictures):
     def values(self, split: str) -> list[str] | None:
         """Captions or class names, row by row; none are read for an unconditional model."""
         self.labelled(split)  # what is wrong with them is found before training
-        if self.conditioning is None:
+        if self.prompt is None:
             return None
         rows = self.dataset(split)
         kind = self.feature(rows, self.caption, "caption")
@@ -272,7 +288,7 @@ class Hub(Pictures):
 
     def more(self, split: str) -> list[list[str]] | None:
         rows = self.dataset(split)
-        if self.conditioning is None or not one_of(rows.features[self.caption]):
+        if self.prompt is None or not one_of(rows.features[self.caption]):
             return None
         column = rows.select_columns([self.caption])[:][self.caption]
         return [texts[1:] for texts in column]

@@ -65,6 +65,7 @@ class Pictures(DataModule):
     """
 
     image = "image"
+    condition_image: str | None = None  # of pairs, the column of the other pictures
 
     def __init__(
         self,
@@ -78,8 +79,8 @@ class Pictures(DataModule):
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < 8:
             raise UserError(f"data.size is {size}; a picture needs sides of at least 8 pixels.")
-        self.picture = (channels, height, width)
-        codec = Latents(autoencoder, *self.picture) if autoencoder else Pixels(*self.picture)
+        self.frame = (channels, height, width)
+        codec = Latents(autoencoder, *self.frame) if autoencoder else Pixels(*self.frame)
         super().__init__(codec, conditioning, **more)
         self.size, self.channels = size, channels
         self.fit: Fit = fit
@@ -112,26 +113,33 @@ class Pictures(DataModule):
             together: Whether all processes call this, to decode together.
         """
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
-        key = digest(VERSION, self.fingerprint(split), self.size, self.channels, self.fit)
+        other = self.condition_image
+        given = None if other is None else self.decoded(split, other, together)
+        return Source(self.decoded(split, self.image, together), values, self.more(split), given)
+
+    def decoded(self, split: str, column: str, together: bool) -> np.ndarray:
+        """The pictures of a column."""
+        about = (VERSION, self.fingerprint(split), self.size, self.channels, self.fit)
+        key = digest(*about, *([] if column == self.image else [column]))
         path = self.cache / "pictures" / f"{key[:32]}.npy"
         sound = is_sound(path)
         if not (all(each(lambda: sound)) if together else sound):
-            images = self.dataset(split).select_columns([self.image])
+            images = self.dataset(split).select_columns([column])
 
             def make(start: int, end: int, quiet: bool) -> Iterator[np.ndarray | str]:
                 some = images.select(range(start, end))
-                return decoded(some, self.picture, self.fit, f"decoding {split}", quiet)
+                return decoded(some, self.frame, self.fit, f"decoding {split}", quiet)
 
             try:
-                write_map(path, len(images), self.picture, np.uint8, make, together)
+                write_map(path, len(images), self.frame, np.uint8, make, together)
             except Unreadable as error:
                 count, row, why = error.args
                 raise UserError(
-                    f"{count} of {len(images)} pictures in column {self.image!r} of split "
+                    f"{count} of {len(images)} pictures in column {column!r} of split "
                     f"{split!r} cannot be read, the first in row {self.row_number(split, row)} "
                     f"({why}); mend or remove them."
                 ) from None
-        return Source(np.load(path, mmap_mode="r"), values, self.more(split))
+        return np.load(path, mmap_mode="r")
 
     def setup(self, stage: str | None = None) -> None:
         """And keeps the latents of all pictures, where they are learned."""

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.conditioning import Conditioning
+from pipeline.data.base import Source
 from pipeline.data.order import in_rounds
 from pipeline.data.pictures import Pictures
 from pipeline.errors import UserError
@@ -197,7 +198,8 @@ class Drawings(Pictures):
         """Unseen combinations, and drawings of them, made anew."""
         order, unseen = np.random.default_rng(0), self.combinations("unseen")
         plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
-        return [one.caption for one in plan], torch.from_numpy(self.render(plan, order))
+        asked, x = [one.caption for one in plan], self.render(plan, order)
+        return self.given(asked, Source(x, None), slice(None)), torch.from_numpy(x)
 
     def fingerprint(self, split: str) -> str:
         table = (VERSION, COLOURS, SHAPES, SIZES, POSITIONS, RELATIONS, BACKGROUND, self.jitter)

@@ -86,7 +86,7 @@ class Stream(DataModule):
             )
         super().__init__(Pixels(channels, size, size), conditioning, workers=workers, **more)
         self.flip, self.window = flip, window
-        self.columns = image, caption if conditioning is not None else None
+        self.columns = image, caption if self.prompt is not None else None
         self.path, self.val_files = path, val_files
         self.fit: Fit = fit
 
@@ -110,7 +110,7 @@ class Stream(DataModule):
             )
         keep = self.window if split == "train" else 1
         found = Shards(self.files[split], counts, self.columns, self.shape, self.fit, keep)
-        values = Captions(found) if self.conditioning is not None else None
+        values = Captions(found) if self.prompt is not None else None
         if split == "train":
             return Source(found, values)  # type: ignore[arg-type]
         return Source(found[np.arange(len(found))], values and list(values))
@@ -129,8 +129,8 @@ class Stream(DataModule):
     def embed(self) -> None:
         """Nothing yet: each batch's captions are embedded in their turn."""
         self.learn()
-        if self.conditioning is not None and self.trainer is not None:
-            self.conditioning.to(self.trainer.strategy.root_device)
+        if self.prompt is not None and self.trainer is not None:
+            self.prompt.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> Loader:
         rank, world = self.place()

@@ -1,8 +1,10 @@
 """`generate`: from a checkpoint to files."""
 
 import argparse
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text file with a prompt per line; - reads them from standard input",
     )
     parser.add_argument(
+        "--pictures",
+        metavar="PATH",
+        help="a picture, or a folder of them, each to draw from with each prompt, or alone: a small "
+        "one, one with transparent parts, a grey one, as the model was trained",
+    )
+    parser.add_argument(
         "--number", type=int, default=4, metavar="N", help="pictures per prompt (default: 4)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: outputs/TIME)")
@@ -61,10 +69,12 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
                 f"{checkpoint.path} was trained without a condition and takes no prompt, such as "
                 f"{prompts[0]!r}: leave it out."
             )
-        prompts = prompts or checkpoint.prompts
+        prompts = prompts or ([""] if args.pictures else checkpoint.prompts)
         if not prompts:
             raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
-        generator.embed(prompts)  # what is wrong with a prompt is found before a folder is made
+        asked = list(to_draw(generator, prompts, args.pictures))
+        # what is wrong with a prompt is found before a folder is made
+        generator.embed([value for value, _ in asked])
         settings = {
             "checkpoint": str(checkpoint.path),
             "ema": args.ema,
@@ -73,21 +83,50 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             "device": str(generator.device),
             "command": line,
         }
-        draw(generator, prompts, args, settings)
+        draw(generator, asked, args, settings)
     return 0
 
 
+def to_draw(
+    generator: Any, prompts: list[str], path: str | None
+) -> Iterator[tuple[Any, dict[str, str]]]:
+    """What to draw from, each prompt with each picture, and what the manifest says of it."""
+    if path is None:
+        yield from ((prompt, {"prompt": prompt}) for prompt in prompts)
+        return
+    from PIL import Image, ImageOps
+
+    from pipeline.data.folder import is_picture
+    from pipeline.data.pictures import eight_bits
+
+    where = Path(path)
+    files = sorted(where.iterdir()) if where.is_dir() else [where]
+    if where.is_dir() and not (files := [file for file in files if is_picture(file.name)]):
+        raise UserError(f"--pictures {path} holds no picture.")
+    for prompt, file in itertools.product(prompts, files):
+        try:
+            with Image.open(file) as opened:
+                picture = eight_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+        except Exception as error:  # Pillow raises whatever a broken file provokes
+            raise UserError(f"--pictures {file} cannot be read as a picture: {error}.") from error
+        try:
+            value = generator.given(prompt, picture)
+        except ValueError as error:
+            raise UserError(f"--pictures {file} {error}.") from error
+        yield value, {"prompt": prompt, "picture": str(file)}
+
+
 def draw(
-    generator: Any, prompts: list[str], args: argparse.Namespace, settings: dict[str, Any]
+    generator: Any, asked: list[Any], args: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
-    """Each prompt `--number` times, with seeds of its own."""
+    """Each `--number` times, with seeds of its own."""
     from pipeline.distributed import place
     from pipeline.generator import Bar
 
     generator.together, writes = True, place()[0] == 0
-    values = [prompt for prompt in prompts for _ in range(args.number)]
-    seeds = [args.seed + k for _ in prompts for k in range(args.number)]
-    about = [{"prompt": v, "seed": s} for v, s in zip(values, seeds, strict=True)]
+    values = [value for value, _ in asked for _ in range(args.number)]
+    seeds = [args.seed + k for _ in asked for k in range(args.number)]
+    about = [said | {"seed": args.seed + k} for _, said in asked for k in range(args.number)]
     results = ("*.png", "samples.csv", "manifest.json")
     done: list[Any] = []
     with (
@@ -102,7 +141,9 @@ def draw(
         finally:
             if done:
                 settings |= bar.acceptance()
-                finish(generator.codec, done, out, about, settings, max(args.number, 4))
+                columns = args.number + 1 if args.pictures else max(args.number, 4)
+                sheet = generator.sheet(done[:256], values[: len(done[:256])], columns)
+                finish(generator.codec, done, out, about, settings, sheet)
 
 
 def finish(
@@ -111,16 +152,12 @@ def finish(
     out: Path,
     about: list[dict[str, Any]],
     settings: dict[str, Any],
-    columns: int,
+    sheet: Any,
 ) -> None:
     """The manifest, and a sheet of the first 256."""
-    import torch
-
     manifest = settings | {"samples": about[: len(done)]}
     with whole(out / "manifest.json") as part:
         part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
-    captions = [one["prompt"] for one in about[: min(len(done), 256)]]
-    sheet = codec.sheet(torch.stack(done[:256]), captions, columns)
     if sheet is not None:
         sheet.save(out / "sheet.png")
     also = "manifest.json" if sheet is None else "sheet.png and manifest.json"

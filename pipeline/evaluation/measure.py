@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from pipeline.codec import Pixels
+from pipeline.conditioning import Given
 from pipeline.data import DataModule
 from pipeline.distributed import gather, in_turn, place, total
 from pipeline.errors import UserError
@@ -90,9 +91,11 @@ class Measure:
             :func:`pipeline.evaluation.adherence.shapes_adherence` or a judge does; the uint8
             pictures (N, C, H, W); their prompts.
         """
-        order = np.random.default_rng(seed)
+        pictured = isinstance(self.values[0], Given)  # whose prompts are in the order of `truth`
+        order = np.random.default_rng(0 if pictured else seed)
         wanted = self.data.wanted(self.number, order)
-        values = self.values if wanted is None else [one.caption for one in wanted]
+        asked = wanted is None or pictured
+        values = self.values if asked else [one.caption for one in wanted]
         drawn = generator(values, range(seed, seed + self.number), micro_batch, progress)
         pictures = torch.cat([rows.cpu() for rows in drawn])
         found: dict[str, Any] = {}
