@@ -75,7 +75,7 @@ def about(
         "sampler": describe(sampler),
         "guidance": describe(guidance),
         "data": node,
-        "prompts": list(map(str, prompts)),
+        "prompts": list(dict.fromkeys(map(str, prompts))),
     }
 
 

@@ -7,7 +7,7 @@ token is padding if and only if all of it is 0.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,17 +68,13 @@ class Condition:
             return self
         return Condition(pad(self.tokens, (0, 0, 0, length - self.tokens.shape[1])), self.planes)
 
-    def replaced(
-        self, null: "Condition", where: Tensor, planes: Tensor | None = None
-    ) -> "Condition":
+    def replaced(self, null: "Condition", where: Tensor, part: str | None = None) -> "Condition":
         """The condition with the null condition, of one row, in the rows where `where`, with shape
-        (B,), is true; `planes` says it for the planes, where these are to differ.
+        (B,), is true: all of it, or the part of this name alone.
         """
         u, null = align([self, null])
         found = u._with(null, lambda a, b: torch.where(_rows(where, a), b.to(a), a))
-        if planes is None:
-            return found
-        return Condition(found.tokens, self.replaced(null, planes).planes)
+        return found if part is None else replace(u, **{part: getattr(found, part)})
 
     def beside(self, null: "Condition") -> "Condition":
         """Twice the rows: the null condition, of one row, for each, then the condition."""

@@ -62,7 +62,7 @@ class Generator:
         together: bool = False,
     ) -> None:
         self.denoiser, self.conditioning, self.codec = denoiser, conditioning, codec
-        if conditioning is not None:
+        if isinstance(conditioning, Picture):
             conditioning.see(codec.shape)
         self.sampler, self.guidance, self.together = sampler, guidance, together
 
@@ -165,14 +165,11 @@ class Generator:
             self.denoiser.train(training)
 
     def given(self, prompt: Any, picture: Image.Image) -> Given:
-        """What is drawn from, of a prompt and a person's picture in RGBA.
-
-        Raises:
-            ValueError: The model takes no picture, or not this one; the message goes on where its
-                name ends.
+        """What is drawn from, of a prompt and a person's picture in RGBA; `ValueError` where the
+        model takes none, or not this one.
         """
         if not isinstance(self.conditioning, Picture):
-            raise ValueError("is a picture, and the model was trained without")
+            raise ValueError("the model was trained without a picture as its condition")
         rows, known = self.conditioning.read(picture)
         return Given(prompt, self.conditioning(self.codec.encode(rows), known)[0])
 
@@ -180,12 +177,11 @@ class Generator:
         self, rows: Iterable[Tensor], values: Sequence[Any], columns: int
     ) -> Image.Image | None:
         """Rows at one look, before those of a picture what is known of it, and grey."""
-        cells: list[tuple[Tensor, str]] = []
-        last = None
+        cells, last = list[tuple[Tensor, str]](), None
         for row, value in zip(rows, values, strict=True):
             if isinstance(value, Given) and value is not last:
-                known = value.planes[:-1].expand(self.codec.shape)
-                cells.append((self.codec.decode(known), "given"))
+                known = self.codec.decode(value.planes[:-1].expand(self.codec.shape))
+                cells.append((known, "given"))
             cells.append((row.cpu(), str(value)))
             last = value
         pictures, captions = zip(*cells, strict=True)

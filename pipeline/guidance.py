@@ -115,8 +115,7 @@ class ByPart(ClassifierFree):
         + w_p \, \big( D(\varnothing, p) - D(\varnothing, \varnothing) \big)
         + w \, \big( D(c, p) - D(\varnothing, p) \big)
 
-    One batch, of the terms whose coefficient is not 0: two where w_p = 1, w or 0, else three.
-    Where u has one part, that part's scale is used alone.
+    One batch of the terms whose coefficient is not 0. Where u has one part, its scale is used.
 
     References:
         | InstructPix2Pix: Learning to Follow Image Editing Instructions (Brooks et al., 2023),
@@ -124,10 +123,10 @@ class ByPart(ClassifierFree):
         | https://arxiv.org/abs/2211.09800
 
     Arguments:
-        scale: The scale w of the tokens, above what the picture says.
+        scale: The scale w of the tokens.
         planes_scale: The scale w_p of the planes; 1 leaves them as the data have them.
-        interval: Where it guides; see `Guidance`.
-        negative: A prompt to go away from, in place of the null tokens.
+        interval: See `ClassifierFree`, as the next.
+        negative:
     """
 
     def __init__(
@@ -249,11 +248,11 @@ class _ClassifierFree(Guided):
         return weak, strong
 
 
-class _ByPart(_ClassifierFree):
+class _ByPart(Guided):
     def __init__(self, denoiser: Denoiser, u_null: Condition, guidance: ByPart) -> None:
-        super().__init__(denoiser, u_null, guidance)
-        self.interval = guidance.interval
-        self.scales = guidance.scale, guidance.planes_scale
+        super().__init__(denoiser, guidance)
+        self.u_null, self.scales = u_null, (guidance.scale, guidance.planes_scale)
+        self.interval = guidance.interval if guidance.scale else None  # see `_ClassifierFree`
         self.scale = 0.0  # the first of `_both` is guided already
 
     def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
@@ -262,9 +261,9 @@ class _ByPart(_ClassifierFree):
         w, w_p = self.scales
         w, w_p = w_p if u.tokens is None else w, w if u.planes is None else w_p
         every = torch.ones(len(u), dtype=torch.bool, device=x_t.device)
-        neither, picture = (u.replaced(self.u_null, every, planes) for planes in (every, ~every))
+        neither, picture = (u.replaced(self.u_null, every, part) for part in (None, "tokens"))
         terms = [(1 - w_p, neither), (w_p - w, picture), (w, u)]
-        terms = [term for term in terms if term[0] or term[1] is u]
+        terms = [(c, v) for c, v in terms if c or (v is u and self.interval is not None)]
         n = len(terms)
         rows, t = x_t.repeat(n, *[1] * (x_t.ndim - 1)), t.repeat(n) if t.ndim else t
         given = Condition.stack([term for _, term in terms])

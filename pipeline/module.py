@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import about
-from pipeline.condition import Condition
 from pipeline.data import Batch, DataModule
 from pipeline.denoisers import Preconditioned
 from pipeline.distributed import assembled, share
@@ -66,15 +65,15 @@ class ScoreModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, share in (("condition", condition_dropout), ("planes", planes_dropout)):
-            if not 0 <= share < 1:
-                raise ValueError(
-                    f"{name}_dropout = {share} must lie in [0, 1): it is a share of examples."
-                )
+        if not (0 <= condition_dropout < 1 and 0 <= planes_dropout < 1):
+            raise ValueError(
+                f"condition_dropout = {condition_dropout} and planes_dropout = {planes_dropout} "
+                "must lie in [0, 1): they are shares of examples."
+            )
         self.denoiser, self.objective = denoiser, objective
         self.sampler, self.guidance = sampler, guidance
         self.optimizer = optimizer
-        self.condition_dropout, self.planes_dropout = condition_dropout, planes_dropout
+        self.dropout = {"tokens": condition_dropout, "planes": planes_dropout}
         self.warmup, self.seed = warmup, seed
         self.begun = False
         self.skipped = torch.zeros(2, dtype=torch.int64)  # steps: in a row until now, and in all
@@ -131,19 +130,14 @@ class ScoreModule(pl.LightningModule):
         self.reseed(mix(self.seed, seen, self.global_rank))
         noise = self.noise("train", seen, n=n)
         u = batch.u
-        if u is not None and batch.u_null is not None:
-            u = self.dropped(u, batch.u_null, noise)
+        for part, share_of in self.dropout.items():
+            if share_of and batch.u_null is not None and getattr(u, part, None) is not None:
+                u = u.replaced(batch.u_null, noise.uniform(n) < share_of, part)  # type: ignore
         loss = self.objective(self.denoiser, batch.x, u, noise).mean()
         if self.written(self.trainer.global_step + 1):
             self.log("train/loss", loss, prog_bar=True)
         # 1, or NaN where the loss is not finite: then the gradient is not either, on all devices
         return loss * (1 + (loss.detach() - loss.detach()))
-
-    def dropped(self, u: Condition, null: Condition, noise: Noise) -> Condition:
-        """u with the null condition in place of some tokens and of some planes."""
-        where = noise.uniform(len(u)) < self.condition_dropout
-        planes = None if u.planes is None else noise.uniform(len(u)) < self.planes_dropout
-        return u.replaced(null, where, planes)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         if self.written(self.trainer.global_step):

@@ -78,6 +78,18 @@ def test_null_takes_the_place_of_rows(kind: str, null_length: int) -> None:
         assert same(one, (null if dropped else row).padded(length))
 
 
+@pytest.mark.parametrize("part", ["tokens", "planes"])
+@KINDS
+def test_null_takes_the_place_of_a_part(kind: str, part: str) -> None:
+    """The other part stays, and what a condition has not does not come."""
+    u, null = made(kind, 3), made(kind, 1, 4, "null")
+    found, whole = u.replaced(null, WHERE, part), u.replaced(null, WHERE)
+    kept = parts(u.padded(4))
+    assert parts(found).keys() == kept.keys()
+    for name, value in parts(found).items():
+        assert torch.equal(value, parts(whole)[name] if name == part else kept[name])
+
+
 @pytest.mark.parametrize("null_length", [1, 2, 4])
 @KINDS
 def test_null_stands_first_beside_the_condition(kind: str, null_length: int) -> None:

@@ -9,7 +9,7 @@ from pipeline.codec import Columns
 from pipeline.condition import Condition, U
 from pipeline.denoisers import EDM, Denoiser, Energy, ScoreDenoiser
 from pipeline.generator import Generator
-from pipeline.guidance import Autoguidance, ClassifierFree
+from pipeline.guidance import Autoguidance, ByPart, ClassifierFree
 from pipeline.mcmc.targets import GaussianMixture, NoDensity
 from pipeline.networks import MLP, Network
 from pipeline.noise import Noise, PictureNoise
@@ -198,6 +198,85 @@ def test_null_planes_are_the_weaker_half(w: float, tokens: bool) -> None:
     assert torch.equal(seen[0][3:], planes[: 3 if w else 0])
     d, d_null = denoiser(x_t, t, u), denoiser(x_t, t, null.expand(3))
     assert torch.allclose(guided, d_null + w * (d - d_null), rtol=CLOSE, atol=CLOSE)
+
+
+class Parts(Gaussians):
+    """N(m, v I): tokens and planes each move the mean, and each divides the variance."""
+
+    def diffuse(self, alpha: Tensor, sigma: Tensor, u: U) -> GaussianMixture:
+        assert u is not None
+        c, p = (torch.zeros(len(u), 1, dtype=torch.bool) for _ in range(2))
+        c = c if u.tokens is None else (u.tokens != 0).any(dim=-1)[:, :1]
+        p = p if u.planes is None else u.planes.flatten(1).any(dim=1, keepdim=True)
+        return GaussianMixture(*self.law(c, p)).diffuse(alpha, sigma)
+
+    def law(self, c: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.where(c[..., None], self.m, 0.0) + torch.where(p[..., None], -3.0, 0.0)
+        return mean, 1.5 / (1 + c.double() + 2 * p.double()).sqrt()  # (B, 1, 2), (B, 1)
+
+
+def in_parts(schedule: Schedule, t: Tensor) -> tuple[Tensor, Condition, Condition]:
+    x_t, u, null = inputs(schedule, t)
+    planes = torch.ones(6, 1, 2, 2, dtype=torch.float64)
+    return x_t, Condition(u.tokens, planes), Condition(null.tokens, torch.zeros_like(planes[:1]))
+
+
+@pytest.mark.parametrize(("w", "w_p"), [(2.0, 1.5), (3.0, 1.0), (1.0, 2.0), (0.0, 2.0), (1, 1)])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+def test_guided_score_by_part_of_gaussians(schedule: Schedule, w: float, w_p: float) -> None:
+    """φ(∅,∅) + w_p (φ(∅,p) − φ(∅,∅)) + w (φ(c,p) − φ(∅,p)), the scores written out."""
+    law = Parts()
+    counter = Counter(ScoreDenoiser(law, schedule))  # type: ignore[arg-type]
+    guided = ByPart(w, w_p)(counter, in_parts(schedule, TIMES[0])[2])
+    for t in TIMES:
+        x_t, u, _ = in_parts(schedule, t)
+        alpha, sigma = (v.reshape(-1, 1) for v in schedule(t))
+
+        def phi(c: bool, p: bool) -> Tensor:
+            mean, std = law.law(*(torch.full((6, 1), given) for given in (c, p)))
+            return (alpha * mean[:, 0] - x_t) / (alpha**2 * std**2 + sigma**2)  # noqa: B023
+
+        none, picture, both = phi(False, False), phi(False, True), phi(True, True)
+        expected = none + w_p * (picture - none) + w * (both - picture)
+        assert torch.allclose(guided.score(x_t, t, u), expected, rtol=1e-7, atol=CLOSE)
+        assert torch.allclose(guided.at(t, u).score(x_t), expected, rtol=1e-7, atol=CLOSE)
+    counter.rows.clear()
+    guided(x_t, t, u)
+    terms = sum(abs(c) > 0 for c in (1 - w_p, w_p - w, w))
+    assert counter.rows == [6 * terms]  # no more is evaluated than counts
+
+
+@pytest.mark.parametrize("part", ["tokens", "planes"])
+def test_guidance_by_part_of_one_part_is_classifier_free(part: str) -> None:
+    t = TIMES[1]
+    x_t, u, null = (in_parts(VP(), t)[k] for k in range(3))
+    u, null = (Condition(**{part: getattr(one, part)}) for one in (u, null))
+    counter = Counter(ScoreDenoiser(Parts(), VP()))  # type: ignore[arg-type]
+    scales = {"scale": 3.0, "planes_scale": 0.5} if part == "tokens" else {"planes_scale": 3.0}
+    found = ByPart(**scales)(counter, null)(x_t, t, u)
+    expected = ClassifierFree(3.0)(counter.inner, null)(x_t, t, u)
+    assert torch.allclose(found, expected, rtol=CLOSE, atol=CLOSE) and counter.rows == [12]
+
+
+def test_guidance_by_part_has_an_interval_and_a_density() -> None:
+    schedule = VP()
+    t = schedule.time(torch.tensor([0.1, 0.29, 0.31, 1.0, 1.99, 2.1]).double())
+    inside = torch.tensor([False, False, True, True, True, False])
+    x_t, u, null = in_parts(schedule, t)
+    denoiser = ScoreDenoiser(Parts(), schedule)  # type: ignore[arg-type]
+    for ask in ("__call__", "log_prob"):
+        always, some = (
+            getattr(ByPart(2.0, 1.5, where)(denoiser, null), ask)(x_t, t, u)
+            for where in (None, [0.3, 2.0])
+        )
+        plain = getattr(denoiser, ask)(x_t, t, u)
+        where = inside.reshape(-1, *[1] * (plain.ndim - 1))
+        assert torch.allclose(some, torch.where(where, always, plain), rtol=CLOSE, atol=CLOSE)
+        assert not torch.allclose(always, plain, rtol=1e-3)
+    with pytest.raises(ValueError, match="needs a null condition"):
+        ByPart()(denoiser, None)
+    with pytest.raises(ValueError, match="needs a condition u"):
+        ByPart()(denoiser, null)(x_t, t, None)
 
 
 @pytest.mark.parametrize("kind", ["classifier-free", "autoguidance"])

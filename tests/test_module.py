@@ -174,16 +174,23 @@ def test_condition_dropout_rate() -> None:
     assert abs(dropped.float().mean() - 0.25) < 4 * 0.0097
 
 
-def test_planes_and_tokens_are_dropped_together() -> None:
-    made, whole = module(condition_dropout=0.25), batch(40)
-    u = Condition(whole.u.tokens, torch.ones(40, 1, 2, 2))
+def test_planes_and_tokens_are_dropped_each_by_itself() -> None:
+    made, whole = module(condition_dropout=0.25, planes_dropout=0.5), batch(2000)
+    u = Condition(whole.u.tokens, torch.ones(2000, 1, 2, 2))
     null = Condition(whole.u_null.tokens, torch.zeros(1, 1, 2, 2))
     made.denoiser.network = network = Recorder()
     with torch.no_grad():
         place(made, 0, 1).training_step(whole._replace(u=u, u_null=null), 0)
     (seen,) = network.seen
-    gone = (seen.tokens == 0).all(dim=(1, 2))
-    assert 0 < gone.sum() < 40 and torch.equal(gone, (seen.planes == 0).all(dim=(1, 2, 3)))
+    tokens, planes = (seen.tokens == 0).all(dim=(1, 2)), (seen.planes == 0).all(dim=(1, 2, 3))
+    for gone, share in ((tokens, 0.25), (planes, 0.5), (tokens & planes, 0.125)):
+        assert abs(gone.float().mean() - share) < 4 * (share * (1 - share) / 2000) ** 0.5
+    assert torch.equal(seen.tokens[~tokens], u.tokens[~tokens]) and seen.planes[~planes].all()
+    made = module(condition_dropout=0.25)  # the tokens of a model without planes fall as before
+    made.denoiser.network = network
+    with torch.no_grad():
+        place(made, 0, 1).training_step(whole, 0)
+    assert torch.equal((network.seen[1].tokens == 0).all(dim=(1, 2)), tokens)
 
 
 def test_learning_rate_rises_and_falls_to_zero() -> None:
@@ -203,8 +210,9 @@ def test_learning_rate_rises_and_falls_to_zero() -> None:
 
 
 def test_bad_dropout_is_an_error() -> None:
-    with pytest.raises(ValueError, match="condition_dropout = 1.5"):
-        module(condition_dropout=1.5)
+    for name in ("condition_dropout", "planes_dropout"):
+        with pytest.raises(ValueError, match=f"{name} = 1.5"):
+            module(**{name: 1.5})
 
 
 def test_condition_of_another_width_is_one_sentence() -> None:

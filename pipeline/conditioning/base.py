@@ -50,8 +50,5 @@ class Conditioning(Part, ABC):
     def fingerprint(self) -> str:
         """A hex digest of everything that decides the embedding."""
 
-    def see(self, shape: Sequence[int]) -> None:
-        """Take the shape of x."""
-
     def learn(self, names: Sequence[str]) -> None:
         """Take from the data what was left open: the names of its distinct values."""

@@ -2,10 +2,9 @@ r"""A picture as a condition: planes as large as x.
 
 .. math:: u = (m \odot A(x), \; m)
 
-A(x) is what is observed of x, and m ∈ {0, 1} a plane that says where. Nothing is stored: in
-training both are made of x, on its device. The null condition is m = 0, which no picture has.
-Tokens of a prompt may stand beside the planes; either part can be left out when drawing, and is
-dropped by itself in training.
+A(x) is what is observed of x, and m ∈ {0, 1} a plane that says where. In training both are made of
+x on its device, and nothing is stored. The null condition is m = 0, which no picture has. Tokens
+of a prompt may stand beside the planes; each part is dropped by itself, and may be left out.
 
 References:
     | Image Super-Resolution via Iterative Refinement (Saharia et al., 2021): A(x) beside x_t
@@ -25,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from pipeline.building import describe
+from pipeline.building import brief, describe
 from pipeline.condition import Condition
 from pipeline.conditioning.base import Conditioning
 from pipeline.errors import UserError
@@ -55,16 +54,17 @@ class Picture(Conditioning, ABC):
     Attributes:
         pairs: Whether the planes are made of another picture that the data have for each x.
         shape: The shape (C, H, W) of x.
+        wants: What x has to be.
 
     Raises:
         UserError: The rows are no pictures, or a prompt is given where none is taken.
     """
 
-    pairs = False
+    pairs, wants = False, "pictures"
     shape: tuple[int, ...] = ()
 
     def __init__(self, prompt: Conditioning | None = None) -> None:
-        self.prompt, self._known = prompt, dict[Any, Tensor]()
+        self.prompt = prompt
 
     def observe(self, x: Tensor) -> Tensor:
         """A(x) of pictures (B, C, H, W), with shape (B, P − 1, H, W)."""
@@ -79,23 +79,25 @@ class Picture(Conditioning, ABC):
         return torch.cat((known * self.observe(x), known), dim=1)
 
     def read(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """Rows (1, C, H, W), uint8, and m, of a person's picture in RGBA.
-
-        Raises:
-            ValueError: It does not fit; the message goes on where its name ends.
+        """Rows (1, C, H, W), uint8, and m, of a person's picture in RGBA; `ValueError` where it
+        does not fit.
         """
         channels, height, width = self.shape
         if picture.size != (width, height):
-            raise ValueError(f"is of {picture.size[0]}×{picture.size[1]}, not {width}×{height}")
-        white = Image.new("RGBA", picture.size, "white")
-        flat = Image.alpha_composite(white, picture).convert("L" if channels == 1 else "RGB")
-        rows = torch.from_numpy(np.array(flat)).reshape(1, height, width, channels)
-        return rows.movedim(-1, 1), torch.ones(1, 1, height, width)
+            raise ValueError(f"it is of {picture.width}×{picture.height}, not {width}×{height}")
+        flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        pixels = torch.from_numpy(np.array(flat.convert("L" if channels == 1 else "RGB")))
+        rows = pixels.reshape(1, height, width, channels).movedim(-1, 1)
+        return rows, torch.ones(1, 1, height, width)
 
-    def see(self, shape: Sequence[int]) -> None:
-        if len(shape) != 3:
-            raise UserError(f"{type(self).__name__} is of pictures, and x has shape {shape}.")
-        self.shape = tuple(shape)
+    def see(self, shape: tuple[int, ...]) -> None:
+        """Take the shape of x."""
+        if len(shape) != 3 or not self.fits(*shape):
+            raise UserError(f"{brief(self)} is of {self.wants}, and x has the shape {shape}.")
+        self.shape = shape
+
+    def fits(self, channels: int, height: int, width: int) -> bool:
+        return True
 
     @property
     def planes(self) -> int:  # type: ignore[override]
@@ -111,17 +113,11 @@ class Picture(Conditioning, ABC):
         return Condition.stack([Condition(self._tokens(v.prompt), v.planes[None]) for v in given])
 
     def _tokens(self, prompt: Any) -> Tensor | None:
-        """Of each distinct prompt once: pictures differ where prompts do not."""
-        if self.prompt is None and prompt != "":
-            raise UserError(
-                f"The model is given a picture alone and takes no prompt, such as {prompt!r}: "
-                "leave it out."
-            )
-        if self.prompt is not None and prompt not in self._known:
-            u = self.prompt.null() if prompt == "" else self.prompt.embed([prompt])
-            assert u.tokens is not None
-            self._known[prompt] = u.tokens
-        return self._known.get(prompt)
+        if self.prompt is not None:
+            return (self.prompt.null() if prompt == "" else self.prompt.embed([prompt])).tokens
+        if prompt != "":
+            raise UserError(f"The model is given a picture alone: leave out {prompt!r}.")
+        return None
 
     def null(self) -> Condition:
         return self.embed([""])
@@ -133,7 +129,7 @@ class Picture(Conditioning, ABC):
 
 
 class Downsampled(Picture):
-    """Super-resolution: A(x) is the mean of each square of pixels, at all of its pixels. A person's
+    """Super-resolution: A(x) is the mean of each square of pixels, at all of them. A person's
     picture is small, or as large as x and then made so.
 
     Arguments:
@@ -141,33 +137,30 @@ class Downsampled(Picture):
         prompt: See `Picture`.
     """
 
+    wants = "pictures whose sides its factor, 2 or more, divides"
+
     def __init__(self, factor: int = 4, prompt: Conditioning | None = None) -> None:
         super().__init__(prompt)
         self.factor = factor
 
-    def see(self, shape: Sequence[int]) -> None:
-        super().see(shape)
-        if self.factor < 2 or any(side % self.factor for side in shape[1:]):
-            raise UserError(
-                f"factor = {self.factor} must be at least 2 and divide the sides of a picture, "
-                f"{shape[1]} and {shape[2]}."
-            )
+    def fits(self, channels: int, height: int, width: int) -> bool:
+        return self.factor > 1 and not (height % self.factor or width % self.factor)
 
     def observe(self, x: Tensor) -> Tensor:
         small = avg_pool2d(x, self.factor)
         return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
 
     def read(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        _, height, width = self.shape
-        if picture.size == (width // self.factor, height // self.factor):
-            picture = picture.resize((width, height), Image.Resampling.NEAREST)
+        if (picture.height * self.factor, picture.width * self.factor) == self.shape[1:]:
+            size = picture.width * self.factor, picture.height * self.factor
+            picture = picture.resize(size, Image.Resampling.NEAREST)
         return super().read(picture)
 
 
 class Masked(Picture):
-    r"""Inpainting: A(x) = x, and m = 0 in a box. The sides of the box are shares of those of x,
-    each :math:`U(\text{least}, 1)`, so that halves are among them, and its place is uniform among
-    those inside of x. A person's picture is transparent where it is to be drawn.
+    r"""Inpainting: A(x) = x, and m = 0 in a box. Its sides are shares of those of x, each
+    :math:`U(\text{least}, 1)`, so that halves are among them, and its place is uniform among those
+    inside of x. A person's picture is transparent where it is to be drawn.
 
     Arguments:
         least: The least share, in (0, 1).
@@ -187,15 +180,13 @@ class Masked(Picture):
             length = ((self.least + (1 - self.least) * share) * side).round().clamp(min=1)
             k = torch.arange(side, device=x.device) - (place * (side - length + 1)).floor()
             inside.append((k >= 0) & (k < length))  # (B, side)
-        rows, columns = inside
-        return 1 - (rows[:, None, :, None] & columns[:, None, None, :]).to(x)
+        return 1 - (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(x)
 
     def read(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        rows, known = super().read(picture)
         opaque = torch.from_numpy(np.array(picture.getchannel("A")) >= 128)
         if opaque.all():
-            raise ValueError("has no transparent part, which would be drawn")
-        return rows, opaque.to(known)[None, None]
+            raise ValueError("it has no transparent part, which would be drawn")
+        return super().read(picture)[0], opaque.float()[None, None]
 
 
 class Grey(Picture):
@@ -206,21 +197,17 @@ class Grey(Picture):
         prompt: See `Picture`.
     """
 
-    planes = 2  # type: ignore[assignment]
+    wants, planes = "pictures in colour", 2  # type: ignore[assignment]
 
-    def see(self, shape: Sequence[int]) -> None:
-        super().see(shape)
-        if shape[0] != 3:
-            raise UserError("Grey is of pictures in colour; set data.channels to 3.")
+    def fits(self, channels: int, height: int, width: int) -> bool:
+        return channels == 3
 
     def observe(self, x: Tensor) -> Tensor:
-        weights = x.new_tensor([0.299, 0.587, 0.114])
-        return (x * weights[:, None, None]).sum(dim=1, keepdim=True)
+        return torch.einsum("c,bchw->bhw", x.new_tensor([0.299, 0.587, 0.114]), x)[:, None]
 
 
 class Paired(Picture):
-    """Image to image: A(x) is another picture, of a column that the data name
-    (`data.condition_image`).
+    """Image to image: A(x) is another picture, of the column that `data.condition_image` names.
 
     Arguments:
         prompt: See `Picture`.

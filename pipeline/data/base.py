@@ -131,17 +131,12 @@ class Rows(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # pickling a memory map copies the whole of it: a spawned worker is told the file instead
-        mapped = {
-            name: str(value.filename)
-            for name, value in self.__dict__.items()
-            if isinstance(value, np.memmap) and str(value.filename).endswith(".npy")
-        }
-        return self.__dict__ | mapped
+        maps = {k: str(v.filename) for k, v in vars(self).items() if isinstance(v, np.memmap)}
+        return vars(self) | {k: file for k, file in maps.items() if file.endswith(".npy")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        files = {name: value for name, value in state.items() if isinstance(value, str)}
-        opened = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
-        self.__dict__ |= state | opened
+        files = {k: np.load(v, mmap_mode="r") for k, v in state.items() if isinstance(v, str)}
+        self.__dict__ |= state | files
 
 
 class Loader(DataLoader):
@@ -180,6 +175,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
 
     splits = ("train", "val")
     flip = False
+    condition_image: str | None = None  # of pairs, the column of the other pictures
 
     def __init__(
         self,
@@ -195,8 +191,11 @@ class DataModule(Part, L.LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         self.codec, self.conditioning = codec, conditioning
-        if conditioning is not None:
-            conditioning.see(codec.shape)
+        # what makes planes of u, of pictures, and what makes u, or its tokens, of a row's value
+        self.picture = conditioning if isinstance(conditioning, Picture) else None
+        self.prompt = conditioning if self.picture is None else self.picture.prompt
+        if self.picture is not None:
+            self.picture.see(codec.shape)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.table_gib = table_gib
@@ -214,25 +213,9 @@ class DataModule(Part, L.LightningDataModule, ABC):
     def source(self, split: str) -> Source:
         """The rows of a split; made and cached at the first call."""
 
-    @property
-    def picture(self) -> Picture | None:
-        """What makes planes of u, where u has some that are made of pictures."""
-        return self.conditioning if isinstance(self.conditioning, Picture) else None
-
-    @property
-    def prompt(self) -> Conditioning | None:
-        """What makes u, or its tokens, of the value of a row."""
-        return self.conditioning if self.picture is None else self.picture.prompt
-
     def rows(self, split: str, **how: Any) -> Source:
         if split not in self._rows:
-            found = self.source(split, **how)
-            if self.picture is not None and self.picture.pairs and found.given is None:
-                raise UserError(
-                    f"{type(self.picture).__name__} is of another picture of each row, and these "
-                    "rows have none: name its column, data.condition_image."
-                )
-            self._rows[split] = found
+            self._rows[split] = self.source(split, **how)
         return self._rows[split]
 
     def values(self, split: str) -> Sequence | None:
@@ -251,6 +234,11 @@ class DataModule(Part, L.LightningDataModule, ABC):
 
     def learn(self) -> None:
         """Tells the conditioning what it takes from the data."""
+        if (self.condition_image is not None) != getattr(self.picture, "pairs", False):
+            raise UserError(
+                f"data.condition_image is {self.condition_image!r} and data.conditioning a "
+                f"{type(self.conditioning).__name__}: pairs are a column and a `Paired`."
+            )
         if self.prompt is not None and self.prompt.open:
             self.prompt.learn(self.names() or self.no_values())
 
@@ -419,11 +407,9 @@ class DataModule(Part, L.LightningDataModule, ABC):
 
     def noise(self, x: Tensor) -> Noise:
         """What the planes of a batch are drawn with: the same in every validation."""
-        rank, world = share(self.trainer)
-        trains = self.trainer is None or self.trainer.training
-        key = ("train", self.seen()) if trains else ("val",)
-        rows = rank * len(x), world * len(x)
-        return Noise(self.seed, "planes", *key, device=x.device, rows=rows)
+        n, (rank, world) = len(x), share(self.trainer)
+        key = self.seen() if self.trainer is None or self.trainer.training else "val"
+        return Noise(self.seed, "planes", key, device=x.device, rows=(rank * n, world * n))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Rows → x and index → u, on the device and without waiting for it."""
@@ -437,11 +423,10 @@ class DataModule(Part, L.LightningDataModule, ABC):
             u = self.prompt.embed(u).to(x.device)
         elif isinstance(u, Tensor):
             u = None if table is None else table[u]
-        if self.flip:
-            x, u = mirror(x, flip), None if u is None else u.mirrored(flip)
         if self.picture is not None:
             y = x if given is None else self.codec.encode(given)
-            y = mirror(y, flip) if self.flip and given is not None else y
-            known = self.picture.known(y, self.noise(y))
-            u = Condition(None if u is None else u.tokens, self.picture(y, known))
+            planes = self.picture(y, self.picture.known(y, self.noise(y)))
+            u = Condition(None if u is None else u.tokens, planes)
+        if self.flip:
+            x, u = mirror(x, flip), None if u is None else u.mirrored(flip)
         return Batch(x, u, u_null, weight)

@@ -53,8 +53,7 @@ class Hub(Pictures):
         image: The column of images.
         caption: The column of captions, lists of captions, or classes; by default the first that
             there is of `caption`, `text` and `label`.
-        condition_image: Of pairs, the column of the pictures that are given for those of `image`,
-            for a conditioning such as `Paired`.
+        condition_image: Of pairs, the column of the pictures that `Paired` gives for `image`.
         labels: Columns of words or classes that the evaluation reads back from the pictures, by a
             judge that it teaches to: `[style, subject]`.
         split: The split to train on; `all` is every row of every split.
@@ -81,11 +80,6 @@ class Hub(Pictures):
         super().__init__(conditioning, **more)
         self.path, self.image, self.asked_caption = path, image, caption
         self.condition_image = condition_image
-        if condition_image is not None and self.picture is None:
-            raise UserError(
-                f"data.condition_image is {condition_image!r}, and data.conditioning takes no "
-                "picture: set it to conf/conditioning/paired.yaml."
-            )
         self.split, self.val_split, self.flip = split, val_split, flip
         self.labels = list(labels)
         if flip and more.get("autoencoder"):
@@ -179,16 +173,10 @@ class Hub(Pictures):
             rows = rows.select(held_out(len(rows))[split])
         if len(rows) == 0:
             self.fail_empty(split)
-        for column, argument in self.images:
-            self.check_image(rows, column, argument)
+        for column in filter(None, (self.image, self.condition_image)):
+            self.check_image(rows, column)
             rows = rows.cast_column(column, Image(decode=False))
         return rows
-
-    @property
-    def images(self) -> list[tuple[str, str]]:
-        """The columns of images, and the arguments that name them."""
-        named = (self.image, "image"), (self.condition_image, "condition_image")
-        return [(column, argument) for column, argument in named if column is not None]
 
     def split_name(self, split: str) -> str:
         """What a split is called in the data."""
@@ -226,9 +214,10 @@ class Hub(Pictures):
             return row
         return int(held_out(len(self.everything[self.split_name(split)]))[split][row])
 
-    def check_image(self, rows: "datasets.Dataset", column: str, argument: str) -> None:
+    def check_image(self, rows: "datasets.Dataset", column: str) -> None:
         from datasets import Image, Value
 
+        argument = "image" if column == self.image else "condition_image"
         kind = self.feature(rows, column, argument)
         bytes_and_path = isinstance(kind, dict) and set(kind) == {"bytes", "path"}
         if not (

@@ -65,7 +65,6 @@ class Pictures(DataModule):
     """
 
     image = "image"
-    condition_image: str | None = None  # of pairs, the column of the other pictures
 
     def __init__(
         self,

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures",
         metavar="PATH",
-        help="a picture, or a folder of them, each to draw from with each prompt, or alone: a small "
-        "one, one with transparent parts, a grey one, as the model was trained",
+        help="a picture, or a folder of them, to draw from, each with each prompt or with none: "
+        "small, in grey or with transparent parts, as the model was trained",
     )
     parser.add_argument(
         "--number", type=int, default=4, metavar="N", help="pictures per prompt (default: 4)"
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         prompts = prompts or ([""] if args.pictures else checkpoint.prompts)
         if not prompts:
             raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
-        asked = list(to_draw(generator, prompts, args.pictures))
+        asked = to_draw(generator, prompts, args.pictures)
         # what is wrong with a prompt is found before a folder is made
         generator.embed([value for value, _ in asked])
         settings = {
@@ -89,31 +88,29 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
 
 def to_draw(
     generator: Any, prompts: list[str], path: str | None
-) -> Iterator[tuple[Any, dict[str, str]]]:
+) -> list[tuple[Any, dict[str, Any]]]:
     """What to draw from, each prompt with each picture, and what the manifest says of it."""
     if path is None:
-        yield from ((prompt, {"prompt": prompt}) for prompt in prompts)
-        return
+        return [(prompt, {"prompt": prompt}) for prompt in prompts]
     from PIL import Image, ImageOps
 
     from pipeline.data.folder import is_picture
     from pipeline.data.pictures import eight_bits
 
-    where = Path(path)
-    files = sorted(where.iterdir()) if where.is_dir() else [where]
-    if where.is_dir() and not (files := [file for file in files if is_picture(file.name)]):
+    where, found = Path(path), []
+    inside = [file for file in sorted(where.glob("*")) if is_picture(file.name)]
+    files = inside if where.is_dir() else [where]
+    if not files:
         raise UserError(f"--pictures {path} holds no picture.")
     for prompt, file in itertools.product(prompts, files):
         try:
             with Image.open(file) as opened:
                 picture = eight_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
-        except Exception as error:  # Pillow raises whatever a broken file provokes
-            raise UserError(f"--pictures {file} cannot be read as a picture: {error}.") from error
-        try:
             value = generator.given(prompt, picture)
-        except ValueError as error:
-            raise UserError(f"--pictures {file} {error}.") from error
-        yield value, {"prompt": prompt, "picture": str(file)}
+        except Exception as error:  # Pillow raises whatever a broken file provokes
+            raise UserError(f"--pictures {file} cannot be drawn from: {error}.") from error
+        found.append((value, {"prompt": prompt, "picture": str(file)}))
+    return found
 
 
 def draw(

@@ -94,8 +94,9 @@ class Measure:
         pictured = isinstance(self.values[0], Given)  # whose prompts are in the order of `truth`
         order = np.random.default_rng(0 if pictured else seed)
         wanted = self.data.wanted(self.number, order)
-        asked = wanted is None or pictured
-        values = self.values if asked else [one.caption for one in wanted]
+        values = self.values
+        if wanted is not None and not pictured:
+            values = [one.caption for one in wanted]
         drawn = generator(values, range(seed, seed + self.number), micro_batch, progress)
         pictures = torch.cat([rows.cpu() for rows in drawn])
         found: dict[str, Any] = {}
