@@ -115,7 +115,8 @@ class ByPart(ClassifierFree):
         + w_p \, \big( D(\varnothing, p) - D(\varnothing, \varnothing) \big)
         + w \, \big( D(c, p) - D(\varnothing, p) \big)
 
-    One batch of the terms whose coefficient is not 0. Where u has one part, its scale is used.
+    One batch of the terms whose coefficient is not 0. Where u has one part, its scale is used. The
+    other arguments are those of `ClassifierFree`.
 
     References:
         | InstructPix2Pix: Learning to Follow Image Editing Instructions (Brooks et al., 2023),
@@ -125,8 +126,6 @@ class ByPart(ClassifierFree):
     Arguments:
         scale: The scale w of the tokens.
         planes_scale: The scale w_p of the planes; 1 leaves them as the data have them.
-        interval: See `ClassifierFree`, as the next.
-        negative:
     """
 
     def __init__(

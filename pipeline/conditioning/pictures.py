@@ -183,10 +183,11 @@ class Masked(Picture):
         return 1 - (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(x)
 
     def read(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        opaque = torch.from_numpy(np.array(picture.getchannel("A")) >= 128)
-        if opaque.all():
+        rows, known = super().read(picture)
+        known[0, 0] = torch.from_numpy(np.array(picture.getchannel("A")) >= 128)
+        if known.all():
             raise ValueError("it has no transparent part, which would be drawn")
-        return super().read(picture)[0], opaque.float()[None, None]
+        return rows, known
 
 
 class Grey(Picture):
