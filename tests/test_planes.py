@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_data
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
@@ -31,7 +32,8 @@ from pipeline.conditioning import (
     Paired,
     Picture,
 )
-from pipeline.data import DataModule, Hub, Points, Shapes
+from pipeline.data import Batch, DataModule, Hub, Points, Shapes
+from pipeline.data.base import Source
 from pipeline.errors import UserError
 from pipeline.evaluation.features import Own
 from pipeline.evaluation.measure import Measure
@@ -256,6 +258,30 @@ def test_boxes_are_functions_of_seed_and_batches_seen(tmp_path: Path) -> None:
     assert torch.equal(planes(3), planes(3))
     assert not torch.equal(planes(3), planes(4)) and not torch.equal(planes(3), planes(3, seed=1))
     assert torch.equal(planes(3, "val"), planes(4, "val"))  # what is validated stays the same
+
+
+def test_a_resumed_run_draws_the_boxes_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Boxes(test_data.Recorder):
+        def training_step(self, batch: Batch, index: int) -> Tensor:
+            assert batch.u is not None and batch.u.planes is not None
+            self.seen.append(batch.u.planes[:, -1].flatten(1).cumsum(1).sum(1).tolist())
+            return self.weight**2
+
+    monkeypatch.setattr(test_data, "Recorder", Boxes)
+
+    def seen(name: str, checkpoint: str | None = None) -> list[list[float]]:
+        data = test_data.Numbers(14, Masked(), batch_size=4, cache_dir=str(tmp_path))
+        data.codec = Pixels(1, 8, 8)
+        data._rows = {
+            split: Source(np.zeros((14, 1, 8, 8), np.uint8), None) for split in data.splits
+        }
+        return test_data.fit(data, 11, tmp_path / name, checkpoint).seen
+
+    whole = seen("whole")
+    assert len(whole) == 11 and len({tuple(one) for one in whole}) == 11
+    assert seen("again", str(tmp_path / "whole" / "step=5.ckpt")) == whole[5:]
 
 
 @pytest.mark.parametrize("prompt", [None, Classes(["a"])], ids=["alone", "prompt"])
