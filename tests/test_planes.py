@@ -443,6 +443,7 @@ def test_samples_obey_their_picture(name: str, tmp_path: Path) -> None:
     """What is observed of a draw is nearer to what was given than to what another was given."""
     conditioning = ["--data.conditioning", str(ROOT / f"conf/conditioning/{name}.yaml")]
     alone = ["--data.conditioning.prompt", "null", "--model.denoiser.network.patch", "2"]
+    alone += ["--model.sampler.steps", "8"]
     more = ["--data.per_combination", "8", "--data.batch_size", "16", "--model.warmup", "20"]
     run = fit(tmp_path / "run", *conditioning, *alone, *more, callbacks=[], steps=200)
     generator = Generator.from_checkpoint(run)
