@@ -9,6 +9,7 @@ what the run itself logged. Prints how both went on after the first tenth, and p
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,26 +20,29 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
+PAUSE = 5.0  # seconds between two looks
 
 
-def resident(pid: int) -> float:
-    """The memory that a process holds now, in MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0  # it has ended
+def held(pid: int) -> tuple[float, float]:
+    """The memory that a process holds now, in MiB, and the processor's seconds that it took."""
+    said = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    pages, ticks = int(said[21]), int(said[11]) + int(said[12])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, ticks / os.sysconf("SC_CLK_TCK")
 
 
-def watched(command: list[str]) -> np.ndarray:
-    """Runs it: (n, 2), minutes since its start and MiB."""
+def watched(command: list[str], file: Path) -> np.ndarray:
+    """Runs it: (n, 4), minutes since its start, MiB, processor's seconds, and the step by then."""
     seen, start = [], time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None:
-        seen.append(((time.perf_counter() - start) / 60, resident(process.pid)))
-        time.sleep(5)
+        lines = file.read_text().splitlines() if file.exists() else []
+        last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True)) if lines else {}
+        step = int(last.get("step") or 0)
+        seen.append(((time.perf_counter() - start) / 60, *held(process.pid), step))
+        time.sleep(PAUSE)
     if process.returncode:
         sys.exit(f"The run ended with code {process.returncode}.")
-    return np.array([row for row in seen if row[1]])
+    return np.array(seen[:-1])
 
 
 def logged(file: Path, rows: int) -> np.ndarray:
@@ -80,18 +84,27 @@ def main() -> None:
         command = [sys.executable, "-m", "pipeline", "fit", "-c", args.config, "--run", run]
         command += ["--trainer.max_steps", "-1", "--trainer.max_time", limit]
         command += ["--trainer.val_check_interval", "200", *args.fit]
-        memory = watched(command)
-        steps = logged(Path(run, "csv", "metrics.csv"), args.rows)
+        file = Path(run, "csv", "metrics.csv")
+        memory = watched(command, file)
+        steps = logged(file, args.rows)
     print(f"{steps[-1, 0]:.0f} steps in {memory[-1, 0]:.1f} minutes")
     print(told("memory", "MiB", memory[:, 0], memory[:, 1]))
-    print(told("step", "ms", steps[:, 0], steps[:, 1]))
+    print(told("step, by the clock", "ms", steps[:, 0], steps[:, 1]))
+    every = memory[:: round(60 / PAUSE)]  # a minute: validation, sheets and checkpoints too
+    taken, count = np.diff(every[:, 2]), np.diff(every[:, 3])
+    known = count > 0
+    ms = 1e3 * taken[known] / count[known]
+    print(told("step and all else, processor's time", "ms", every[1:][known, 3], ms))
     if args.plot:
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(memory[:, 0], memory[:, 1], color="black", linewidth=0.8)
         left.set(xlabel="minutes", ylabel="memory of the process, MiB", ylim=(0, None))
-        right.plot(steps[:, 0], steps[:, 1], color="black", linewidth=0.8)
+        right.plot(steps[:, 0], steps[:, 1], color="grey", linewidth=0.8, label="by the clock")
+        label = "processor's time, all else too"
+        right.plot(every[1:][known, 3], ms, color="black", linewidth=0.8, label=label)
         right.set(xlabel="step", ylabel="time of a step, ms", ylim=(0, None))
+        right.legend(fontsize=8)
         figure.savefig(args.plot, dpi=120)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pipeline import png
 from pipeline.building import Part
+from pipeline.errors import UserError
 from pipeline.noise import Noise
 
-__all__ = ["Codec", "Columns", "Pixels"]
+__all__ = ["Codec", "Columns", "Pixels", "Standardised"]
 
 
 class Codec(Part, ABC):
@@ -149,6 +150,7 @@ class Columns(Codec):
 
     def __init__(self, dim: int) -> None:
         self.shape, self.sizes = (dim,), {"x_dim": dim}
+        self.names = [f"x_{k}" for k in range(dim)]
 
     def encode(self, rows: Tensor) -> Tensor:
         return rows.float()
@@ -156,13 +158,91 @@ class Columns(Codec):
     def decode(self, x: Tensor) -> Tensor:
         return x
 
+    def columns(self, rows: Tensor, about: list[dict]) -> dict[str, list]:
+        """Drawn rows by column: their prompts, or what these say of each part, their seeds, their
+        numbers.
+        """
+        asked = [one.get("u") or {"prompt": one["prompt"]} for one in about]
+        u = {name: [one[name] for one in asked] for name in asked[0]}
+        x = dict(zip(self.names, rows.T.tolist(), strict=True))
+        return u | {"seed": [one["seed"] for one in about]} | x
+
     def write(
         self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
     ) -> None:
-        """One line of `samples.csv` for each row: its prompt, its seed, its numbers."""
+        """One line of `samples.csv` for each row."""
+        columns = self.columns(rows, about[first : first + len(rows)])
         with (folder / "samples.csv").open("a", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             if not first:
-                lines.writerow(["prompt", "seed", *(f"x_{k}" for k in range(rows.shape[1]))])
-            for one, row in zip(about[first:], rows.tolist(), strict=False):
-                lines.writerow([one["prompt"], one["seed"], *row])
+                lines.writerow(columns)
+            lines.writerows(zip(*columns.values(), strict=True))
+
+
+class Standardised(Columns):
+    r"""Columns of a person's own units.
+
+    .. math:: x = \frac{v - m}{2 s}
+
+    so that x has the standard deviation 1/2, EDM's :math:`\sigma_d`, and lies mostly in [-1, 1].
+    Back to as many decimals as the data have: whole numbers come back whole.
+
+    Arguments:
+        names: The name of each column.
+        mean: The mean m of each; left out, it is learned from the data, as the next two are.
+        std: The standard deviation s of each.
+        decimals: The decimals of each that are kept, `None` for all of them.
+
+    Raises:
+        UserError: A column is constant, or too far from 0 for float32 to tell its rows apart.
+    """
+
+    plural = "rows"
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        decimals: Sequence[int | None] = (),
+    ) -> None:
+        super().__init__(len(names))
+        self.names, self.decimals = list(names), list(decimals)
+        self.mean = torch.tensor(list(mean), dtype=torch.float64)
+        self.std = torch.tensor(list(std), dtype=torch.float64)
+
+    def learn(self, rows: Tensor) -> None:
+        """Take all of these from rows, float64 with shape (N, D)."""
+        mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0)
+        for name, column, s in zip(self.names, rows.T, std, strict=True):
+            if (column.float() - column).abs().max() >= s / 100:
+                raise UserError(
+                    f"Column {name!r} varies by {s:g} about {column.mean():g}, too little to be "
+                    "learned; leave it out, or subtract a constant from it."
+                )
+        self.mean, self.std, self.decimals = mean, std, [places(column) for column in rows.T]
+        self._given = (type(self), (self.names, mean.tolist(), std.tolist(), self.decimals), {})
+
+    def encode(self, rows: Tensor) -> Tensor:
+        mean, std = (one.to(rows.device, torch.float32) for one in (self.mean, self.std))
+        return (rows.float() - mean) / (2 * std)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The rows, float64 on the CPU."""
+        rows = x.cpu().double() * 2 * self.std + self.mean
+        for k, decimals in enumerate(self.decimals):
+            if decimals is not None:
+                rows[:, k] = rows[:, k].round(decimals=decimals)
+        return rows
+
+    def columns(self, rows: Tensor, about: list[dict]) -> dict[str, list]:
+        found = super().columns(rows, about)
+        for name, decimals in zip(self.names, self.decimals, strict=True):
+            if decimals == 0:
+                found[name] = [int(v) for v in found[name]]
+        return found
+
+
+def places(column: Tensor) -> int | None:
+    """The decimals of numbers that have no more than 6, else `None`."""
+    return next((k for k in range(7) if torch.equal(column.round(decimals=k), column)), None)

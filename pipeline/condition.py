@@ -76,6 +76,13 @@ class Condition:
         found = u._with(null, lambda a, b: torch.where(_rows(where, a), b.to(a), a))
         return found if part is None else replace(u, **{part: getattr(found, part)})
 
+    def without(self, block: slice, where: Tensor) -> "Condition":
+        """Tokens zero in some columns, in the rows where `where`, with shape (B,), is true."""
+        assert self.tokens is not None
+        tokens = self.tokens.clone()
+        tokens[..., block].masked_fill_(_rows(where, tokens), 0.0)
+        return Condition(tokens, self.planes)
+
     def beside(self, null: "Condition") -> "Condition":
         """Twice the rows: the null condition, of one row, for each, then the condition."""
         u, null = align([self, null])

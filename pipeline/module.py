@@ -1,7 +1,7 @@
 """Training: a batch, an objective, an optimizer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,7 +45,8 @@ class ScoreModule(pl.LightningModule):
         guidance: How those samples are guided, likewise.
         optimizer: Makes the optimizer from the parameters.
         condition_dropout: The share of examples whose tokens of u are replaced by those of the
-            null condition, in [0, 1).
+            null condition, in [0, 1). Of a condition of several parts so many also lose each part
+            by itself.
         planes_dropout: The share whose planes of u are, likewise and independently.
         warmup: The number of steps over which the learning rate rises from 0; it then falls to 0
             as half a cosine over the steps of the run, or stays where it is if the run has no end.
@@ -75,6 +76,7 @@ class ScoreModule(pl.LightningModule):
         self.optimizer = optimizer
         self.dropout = {"tokens": condition_dropout, "planes": planes_dropout}
         self.warmup, self.seed = warmup, seed
+        self.blocks: Sequence[slice] = ()  # of the parts of a condition of several
         self.begun = False
         self.skipped = torch.zeros(2, dtype=torch.int64)  # steps: in a row until now, and in all
         self.length = torch.zeros(())  # of the gradient
@@ -112,6 +114,7 @@ class ScoreModule(pl.LightningModule):
                 )
         parts = (self.denoiser, data.codec, data.conditioning, self.sampler, self.guidance)
         self.description = about(*parts, data=data, prompts=data.prompts())
+        self.blocks = () if data.conditioning is None else data.conditioning.blocks
 
     def on_train_start(self) -> None:
         """Let a run that goes on do so with the optimizer it is told, and count anew."""
@@ -133,6 +136,8 @@ class ScoreModule(pl.LightningModule):
         for part, share_of in self.dropout.items():
             if share_of and batch.u_null is not None and getattr(u, part, None) is not None:
                 u = u.replaced(batch.u_null, noise.uniform(n) < share_of, part)  # type: ignore
+        for block in self.blocks if u is not None and self.dropout["tokens"] else ():
+            u = u.without(block, noise.uniform(n) < self.dropout["tokens"])  # type: ignore
         loss = self.objective(self.denoiser, batch.x, u, noise).mean()
         if self.written(self.trainer.global_step + 1):
             self.log("train/loss", loss, prog_bar=True)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.building import Config, Part, brief, build, describe, dump, explain, make
-from pipeline.conditioning import Classes
+from pipeline.codec import Standardised
+from pipeline.conditioning import Classes, Number, Several
 from pipeline.data import DataModule, Points
 from pipeline.denoisers import EDM, Denoiser, Energy
 from pipeline.errors import UserError
@@ -208,6 +209,8 @@ PARTS = [
     GaussianMixture(torch.tensor([[0.0, 1.0]]), [0.5]),
     Gaussian([0.0], [[2.0]]),
     Classes(["a", "b"]),
+    Several({"machine": Classes(["a", "b"]), "load": Number(0.5, 2.0)}),
+    Standardised(["a", "b"], [0.0, 1.0], [1.0, 2.0], [0, None]),
     MLP(2, 3, depth=1),
     UNet(1, widths=[16], attention=[0]),
     EDM(MLP(2), Rectified(), sigma_data=0.3),
@@ -276,6 +279,19 @@ def test_names_that_were_learned_are_said() -> None:
     classes = Classes()
     classes.learn(["cat", "dog"])
     assert describe(classes)["init_args"] == {"names": ["cat", "dog"]}
+
+
+def test_values_of_a_dictionary_are_built() -> None:
+    node = describe(Several({"machine": Classes(["a"])}))
+    node["init_args"]["parts"]["load"] = {"class_path": "pipeline.samplers.Heun"}
+    with pytest.raises(UserError, match="several.parts.load is pipeline.samplers.Heun, which is"):
+        build(node, Several)
+    told = ["--u.parts.load.mean", "2"]  # over what stands there, as everywhere
+    node["init_args"]["parts"]["load"] = {"class_path": "pipeline.conditioning.Number"}
+    config = Config()
+    config.set("u", node)
+    config.add(told)
+    assert make(config.resolve("u", Several)).parts["load"].mean == 2.0
 
 
 def test_what_is_no_part_cannot_be_described() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.codec import Columns, Pixels
+from pipeline.building import build, describe
+from pipeline.codec import Codec, Columns, Pixels, Standardised
+from pipeline.errors import UserError
 from pipeline.networks import MLP, UNet
 from pipeline.noise import Noise
 
@@ -127,3 +129,45 @@ def test_bits_bound_the_code_length() -> None:
     assert ((bits - needed) > -0.05).all()  # the mean of 4,096 is uncertain by a hundredth
     gap = (mass * (bits - needed)).sum()
     assert 0 < gap < 0.05
+
+
+TABLE = torch.tensor(
+    [[20.25, 1.0, 1e-9], [21.5, 3.0, 3e-9], [24.0, 2.0, -7e-9]], dtype=torch.float64
+)
+
+
+def test_standardised_columns_come_back_as_they_were() -> None:
+    codec = Standardised(["heat", "count", "tiny"])
+    codec.learn(TABLE)
+    x = codec.encode(TABLE.float())
+    assert x.dtype == torch.float32 and MLP(**codec.sizes).x_dim == 3
+    # float32, of numbers about 20
+    torch.testing.assert_close(x.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x.std(dim=0, correction=0), torch.full((3,), 0.5))
+    assert codec.decimals == [2, 0, None]
+    rows = codec.decode(x)
+    assert torch.equal(rows[:, :2], TABLE[:, :2])  # rounded to their decimals
+    torch.testing.assert_close(rows[:, 2], TABLE[:, 2], rtol=1e-6, atol=0)
+    assert codec.decode(x[:1] + 0.1)[0, 1] == 1  # 0.16 more, and a whole number
+    again = build(describe(codec), Codec)
+    assert torch.equal(again.decode(x), rows) and torch.equal(again.encode(TABLE.float()), x)
+
+
+def test_rows_are_written_with_what_was_asked_for(tmp_path: Path) -> None:
+    codec = Standardised(["heat", "count", "tiny"])
+    codec.learn(TABLE)
+    about = [{"prompt": "-", "seed": k, "u": {"machine": "a,b", "load": None}} for k in range(3)]
+    codec.write(TABLE[:2], 0, tmp_path, about, {})
+    codec.write(TABLE[2:], 2, tmp_path, about, {})
+    assert (tmp_path / "samples.csv").read_text().splitlines() == [
+        "machine,load,seed,heat,count,tiny",
+        '"a,b",,0,20.25,1,1e-09',
+        '"a,b",,1,21.5,3,3e-09',
+        '"a,b",,2,24.0,2,-7e-09',
+    ]
+
+
+@pytest.mark.parametrize("column", [[3.0, 3.0, 3.0], [1e9, 1e9 + 1, 1e9 + 2]])
+def test_a_column_that_does_not_vary_is_refused(column: list[float]) -> None:
+    with pytest.raises(UserError, match="Column 'flat' varies by .* leave it out, or subtract"):
+        Standardised(["flat"]).learn(torch.tensor(column, dtype=torch.float64)[:, None])

@@ -145,3 +145,12 @@ def test_conditions_of_other_parts_do_not_go_together() -> None:
     for join in (u.beside, lambda other: u.replaced(other, torch.tensor([True, False]))):
         with pytest.raises(ValueError, match="the same parts"):
             join(null)
+
+
+def test_a_block_of_columns_is_left_out() -> None:
+    u = made("both", 3)
+    left = u.without(slice(1, 3), WHERE)
+    assert torch.equal(left.planes, u.planes)
+    assert torch.equal(left.tokens[0], u.tokens[0])
+    assert torch.equal(left.tokens[1:, :, :1], u.tokens[1:, :, :1])
+    assert (left.tokens[1:, :, 1:] == 0).all()

@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.condition import Condition
-from pipeline.conditioning import Classes, Conditioning, TextEncoder, Vectors, embed_distinct
+from pipeline.conditioning import (
+    Classes,
+    Conditioning,
+    Number,
+    Several,
+    TextEncoder,
+    Vectors,
+    embed_distinct,
+)
 from pipeline.errors import UserError
 
 PROMPTS = ["a red circle", "two green triangles", "", "a blue square", "a yellow star", "red"]
@@ -439,6 +447,69 @@ def test_vector_of_another_kind_is_refused(value: object) -> None:
         Vectors(2).embed([[0.0, 0.0], value])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="dim must be at least 1"):
         Vectors(0)
+
+
+# --- several at once
+
+
+def several() -> Several:
+    made = Several()
+    made.learn({"machine": ["b", 'a, or "c"'], "load": [1.0, 2.0, 3.0]})
+    return made
+
+
+def test_several_parts_stand_side_by_side() -> None:
+    made, s = several(), (2 / 3) ** 0.5
+    assert made.dim == 4 and made.blocks == [slice(0, 2), slice(2, 4)] and not made.open
+    full = Several.text({"machine": "b", "load": 3.0})
+    u = made.embed([full, "load=2, machine=b", "machine=b", "load=1", ""]).tokens[:, 0]
+    expected = [[1, 0, 1, 1 / s], [1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, -1 / s], [0, 0, 0, 0]]
+    torch.testing.assert_close(u, torch.tensor(expected))  # float32 of (v - 2) / s
+    assert same(made.null(), Condition(torch.zeros(1, 1, 4)))
+
+
+def test_what_is_said_of_several_comes_back_from_its_text() -> None:
+    for said in (
+        {"machine": 'a, or "c"', "load": "0.1"},
+        {"machine": 'a, or "c"', "load": None},
+        {"machine": None, "load": "2"},
+        {"machine": None, "load": None},
+    ):
+        assert several().said(Several.text(said)) == said
+
+
+def test_of_a_single_part_the_name_may_be_left_away() -> None:
+    made = Several({"machine": Classes(["a=1, 2", "b"])})
+    quoted = Several.text({"machine": "a=1, 2"})
+    u = made.embed(["a=1, 2", quoted, "b", "machine=", ""]).tokens[:, 0]
+    assert quoted[0] == '"' and u.tolist() == [[1, 0], [1, 0], [0, 1], [0, 0], [0, 0]]
+
+
+def test_several_learn_what_is_open() -> None:
+    made = Several({"machine": Classes(), "load": Number(0.0, 10.0)})
+    assert made.open
+    made.learn({"machine": ["1", "2"], "load": [5.0, 7.0]})
+    assert not made.open and made.parts["machine"].names == ["1", "2"]
+    assert made.embed(["load=5"]).tokens.tolist() == [[[0, 0, 1, 0.5]]]  # as it was told
+    fingerprints = {one.fingerprint() for one in (made, several(), Several())}
+    assert len(fingerprints) == 3
+    with pytest.raises(UserError, match="no column 'room' for u: machine, load"):
+        Several({"room": Classes()}).learn({"machine": ["1"], "load": [5.0]})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("machin=b", "'machin=b' in 'machin=b' is not NAME=VALUE with a name of machine, load"),
+        ("b, load=3", "'b' in"),
+        ("machine=c", "machine: There is no class 'c'"),
+        ("load=much", "load: Vector 0 is 'much', which is not a list of numbers"),
+        ("load=nan", "load: Vector 0 is .nan. with 1 numbers; 1 finite"),
+    ],
+)
+def test_what_several_refuse(value: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        several().embed([value])
 
 
 # --- the table of distinct embeddings

@@ -163,6 +163,9 @@ class Recorder(Network):
         return self.weight * x
 
 
+SUBSETS = ([False, False], [True, False], [False, True], [True, True])
+
+
 def test_condition_dropout_rate() -> None:
     made = module(condition_dropout=0.25)
     made.denoiser.network = network = Recorder()
@@ -172,6 +175,24 @@ def test_condition_dropout_rate() -> None:
     dropped = (torch.stack([u.tokens for u in network.seen]) == 0).all(dim=(2, 3))
     # 2,000 draws: the standard error is sqrt(.25 · .75 / 2000) = 0.0097
     assert abs(dropped.float().mean() - 0.25) < 4 * 0.0097
+
+
+def test_each_of_several_parts_is_dropped_by_itself() -> None:
+    """All with share p, and of what is left each part with share p: every subset comes."""
+    made = module(condition_dropout=0.25)
+    made.denoiser.network = network = Recorder()
+    made.blocks = [slice(0, 1), slice(1, 3)]
+    with torch.no_grad():
+        for seen in (*range(50), 0):
+            place(made, 0, 1, seen).training_step(batch(40), 0)
+    *all_but_last, last = [u.tokens for u in network.seen]
+    assert torch.equal(last, all_but_last[0])  # a function of the batches seen
+    tokens = torch.cat(all_but_last)[:, 0]
+    gone = torch.stack([(tokens[:, block] == 0).all(dim=1) for block in made.blocks], dim=1)
+    shares = [(gone == torch.tensor(which)).all(dim=1).float().mean() for which in SUBSETS]
+    # 2,000 draws: a standard error is at most sqrt(.43 · .57 / 2000) = 0.011
+    for share, expected in zip(shares, (0.4219, 0.1406, 0.1406, 0.2969), strict=True):
+        assert abs(share - expected) < 4 * 0.011
 
 
 def test_planes_and_tokens_are_dropped_each_by_itself() -> None:

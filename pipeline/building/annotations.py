@@ -57,6 +57,12 @@ class Kind:
         whole = Union[tuple(items)] if items else None  # noqa: UP007
         return whole if Kind(whole).families else None
 
+    @cached_property
+    def entries(self) -> Any:
+        """What the values of a dictionary are, where some of them are objects; else `None`."""
+        found = [get_args(k)[1] for k in self.members if get_origin(k) is dict]
+        return found[0] if found and Kind(found[0]).families else None
+
     def check(self, value: Any) -> tuple[bool, Any]:
         """Whether plain data are of the kind, and the data as that kind: 2 as a float is 2.0, a
         list where only a tuple is wanted a tuple.

@@ -91,6 +91,8 @@ class Resolver:
             return self.node(node, kind, at)
         if isinstance(node, list) and kind.items is not None:
             return [self.value(one, kind.items, (*at, str(k))) for k, one in enumerate(node)]
+        if isinstance(node, dict) and kind.entries is not None:
+            return {k: self.value(one, kind.entries, (*at, k)) for k, one in node.items()}
         if isinstance(node, str) and kind.is_function and self.trust is None:
             return self.function(node, at)
         for family, opener in self.openers.items():
@@ -233,6 +235,8 @@ def make(plan: Any) -> Any:
     """
     if isinstance(plan, list):
         return [make(one) for one in plan]
+    if isinstance(plan, dict):
+        return {key: make(one) for key, one in plan.items()}
     if isinstance(plan, Named):
         return plan.function
     if not isinstance(plan, Plan):
@@ -266,7 +270,8 @@ def dump(plan: Any) -> Any:
 
 def explain(plan: Any, at: At = ()) -> Iterator[str]:
     """Every option below a plan, with its value, what may stand there, and what it does."""
-    for k, one in enumerate(plan if type(plan) is list else ()):
+    inner = dict(enumerate(plan)) if type(plan) is list else plan
+    for k, one in inner.items() if isinstance(inner, dict) else ():
         yield from explain(one, (*at, str(k)))
     if not isinstance(plan, Plan):
         return

@@ -22,10 +22,13 @@ class Conditioning(Part, ABC):
     Attributes:
         planes: The number C of planes of u.
         open: Whether it is still to `learn` from the data.
+        blocks: The columns of a token that belong to each of several parts, which training drops
+            one by one too.
     """
 
     planes: int = 0
     open: bool = False
+    blocks: Sequence[slice] = ()
 
     @property
     @abstractmethod
@@ -50,5 +53,5 @@ class Conditioning(Part, ABC):
     def fingerprint(self) -> str:
         """A hex digest of everything that decides the embedding."""
 
-    def learn(self, names: Sequence[str]) -> None:
+    def learn(self, names: Any) -> None:
         """Take from the data what was left open: the names of its distinct values."""

@@ -1,7 +1,11 @@
-"""Conditions that need no network: a class, a vector of numbers."""
+"""Conditions that need no network: a class, numbers, several of them at once."""
 
+import csv
+import io
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +16,7 @@ from pipeline.conditioning.base import Conditioning
 from pipeline.errors import UserError
 from pipeline.files import digest
 
-__all__ = ["Classes", "Vectors"]
+__all__ = ["Classes", "Number", "Several", "Vectors"]
 
 
 class Classes(Conditioning):
@@ -120,3 +124,111 @@ class Vectors(Conditioning):
 
     def fingerprint(self) -> str:
         return digest("Vectors", 1, self.numbers)
+
+
+class Number(Vectors):
+    r"""One number v of any scale: the token :math:`(1, (v - m) / s)`, u of shape (N, 1, 2).
+
+    Arguments:
+        mean: The mean m of the data; `None` takes it from them.
+        std: Their standard deviation s, likewise.
+    """
+
+    def __init__(self, mean: float | None = None, std: float | None = None) -> None:
+        super().__init__(1)
+        self.open = mean is None or std is None
+        self.mean, self.std = mean or 0.0, std or 1.0
+
+    def learn(self, names: Sequence[float]) -> None:
+        self.__init__(float(np.mean(names)), float(np.std(names)))
+        self._given = (type(self), (self.mean, self.std), {})
+
+    def _row(self, i: int, value: Any) -> np.ndarray:
+        return (super()._row(i, value) - self.mean) / self.std
+
+    def fingerprint(self) -> str:
+        return digest("Number", 1, self.mean, self.std)
+
+
+class Several(Conditioning):
+    """Several conditions at once, each by its name: their single tokens side by side in one, u of
+    shape (N, 1, E), E the sum of their widths.
+
+    A value is text, `machine=pump,load=0.7`, quoted as a line of CSV is. A part that it leaves out
+    is zeros, that part's null condition; the null condition leaves out all. Of a single part the
+    name may be left away.
+
+    Arguments:
+        parts: What makes u of each part, by its name. `None` takes the columns of the data:
+            words are `Classes` and numbers a `Number`.
+
+    Raises:
+        UserError: A value names no part of these, or a part refuses what is said of it.
+    """
+
+    def __init__(self, parts: dict[str, Classes | Number] | None = None) -> None:
+        self.parts = dict(parts or {})
+
+    @property
+    def open(self) -> bool:  # type: ignore[override]
+        return not self.parts or any(part.open for part in self.parts.values())
+
+    def learn(self, names: Mapping[str, Sequence[Any]]) -> None:
+        """Take what was left open from the data: the distinct names, or the numbers, of each."""
+        for name, values in names.items():
+            made = Classes() if isinstance(values[0], str) else Number()
+            if (part := self.parts.setdefault(name, made)).open:
+                part.learn(values)
+        if lacks := self.parts.keys() - names:
+            raise UserError(f"The data have no column {min(lacks)!r} for u: {', '.join(names)}.")
+        self._given = (type(self), (self.parts,), {})
+
+    @property
+    def dim(self) -> int:
+        return sum(part.dim for part in self.parts.values())
+
+    @property
+    def blocks(self) -> list[slice]:  # type: ignore[override]
+        ends = accumulate((part.dim for part in self.parts.values()), initial=0)
+        return [slice(*ends) for ends in pairwise(ends)]
+
+    def said(self, value: str) -> dict[str, str | None]:
+        """What a value says of each part, `None` where it leaves one out."""
+        cells = next(csv.reader(io.StringIO(value), skipinitialspace=True), [])
+        found: dict[str, str | None] = dict.fromkeys(self.parts)
+        if len(found) == 1 and not any(cell.startswith(f"{[*found][0]}=") for cell in cells):
+            return dict.fromkeys(found, value or None)
+        for cell in cells:
+            name, equals, said = cell.partition("=")
+            if not equals or name not in found:
+                raise UserError(
+                    f"{cell!r} in {value!r} is not NAME=VALUE with a name of {', '.join(found)}."
+                )
+            found[name] = said or None
+        return found
+
+    @staticmethod
+    def text(said: Mapping[str, Any]) -> str:
+        """The value that says so; what is `None` or empty is left out."""
+        line = io.StringIO()
+        full = [f"{name}={v}" for name, v in said.items() if v not in (None, "")]
+        csv.writer(line, lineterminator="").writerow(full)
+        return line.getvalue()
+
+    def embed(self, values: Sequence[str]) -> Condition:
+        tokens = torch.zeros(len(values), 1, self.dim, dtype=torch.float32)
+        said = [self.said(value) for value in values]
+        for (name, part), block in zip(self.parts.items(), self.blocks, strict=True):
+            rows = [i for i, one in enumerate(said) if one[name] is not None]
+            try:
+                u: Any = part.embed([said[i][name] for i in rows])  # type: ignore[misc]
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            tokens[rows, :, block] = u.tokens
+        return Condition(tokens)  # (N, 1, E)
+
+    def null(self) -> Condition:
+        return self.embed([""])
+
+    def fingerprint(self) -> str:
+        return digest("Several", 1, [(k, part.fingerprint()) for k, part in self.parts.items()])

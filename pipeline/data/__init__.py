@@ -7,3 +7,4 @@ from pipeline.data.pictures import *
 from pipeline.data.points import *
 from pipeline.data.shapes import *
 from pipeline.data.stream import *
+from pipeline.data.table import *

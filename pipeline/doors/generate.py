@@ -1,6 +1,7 @@
 """`generate`: from a checkpoint to files."""
 
 import argparse
+import csv
 import itertools
 import json
 import sys
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         dest="file",
         metavar="FILE",
-        help="a text file with a prompt per line; - reads them from standard input",
+        help="a text file with a prompt per line, - for standard input; for a model of tables a "
+        "CSV file of what is asked for, where a cell may be empty",
     )
     parser.add_argument(
         "--pictures",
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
 
     The processes that torchrun has started share the pictures out; the first one writes.
     """
+    from pipeline.conditioning import Several
     from pipeline.distributed import join
 
     if args.number < 1 or args.micro_batch < 1:
@@ -68,6 +71,8 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
                 f"{checkpoint.path} was trained without a condition and takes no prompt, such as "
                 f"{prompts[0]!r}: leave it out."
             )
+        if isinstance(generator.conditioning, Several) and str(args.file).endswith(".csv"):
+            prompts = [*args.prompts, *read_rows(Path(args.file))]
         prompts = prompts or ([""] if args.pictures else checkpoint.prompts)
         if not prompts:
             raise UserError("There is nothing to draw: give a prompt, or --prompts FILE.")
@@ -117,6 +122,7 @@ def draw(
     generator: Any, asked: list[Any], args: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
     """Each `--number` times, with seeds of its own."""
+    from pipeline.conditioning import Several
     from pipeline.distributed import place
     from pipeline.generator import Bar
 
@@ -124,7 +130,9 @@ def draw(
     values = [value for value, _ in asked for _ in range(args.number)]
     seeds = [args.seed + k for _ in asked for k in range(args.number)]
     about = [said | {"seed": args.seed + k} for _, said in asked for k in range(args.number)]
-    results = ("*.png", "samples.csv", "manifest.json")
+    if isinstance(generator.conditioning, Several):
+        about = [one | {"u": generator.conditioning.said(one["prompt"])} for one in about]
+    results = ("*.png", "samples.*", "manifest.json")
     done: list[Any] = []
     with (
         new_folder(args.out, results) if writes else nullcontext(Path()) as out,
@@ -152,9 +160,18 @@ def finish(
     sheet: Any,
 ) -> None:
     """The manifest, and a sheet of the first 256."""
+    import torch
+
+    from pipeline.codec import Columns
+
     manifest = settings | {"samples": about[: len(done)]}
     with whole(out / "manifest.json") as part:
         part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    if isinstance(codec, Columns):
+        from pyarrow import parquet, table
+
+        lines = table(codec.columns(torch.stack(done), about[: len(done)]))
+        parquet.write_table(lines, out / "samples.parquet")
     if sheet is not None:
         sheet.save(out / "sheet.png")
     also = "manifest.json" if sheet is None else "sheet.png and manifest.json"
@@ -188,3 +205,15 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
                 "ignore the prompt."
             )
     return prompts
+
+
+def read_rows(file: Path) -> list[str]:
+    """The rows of a CSV file as prompts for `Several`; empty cells are left out."""
+    from pipeline.conditioning import Several
+
+    how: Any = {"skipinitialspace": True, "restkey": "(no column)"}
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        rows = list(map(Several.text, csv.DictReader(opened, **how)))
+    if not rows:
+        raise UserError(f"--prompts {file} holds a header and no rows; write one per line.")
+    return rows
