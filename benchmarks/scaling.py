@@ -50,7 +50,7 @@ TOKENS, WIDTH = 16, 384  # of a caption
 def make(name: str, **more: Any) -> Network:
     """A network of conf/, for captioned pictures."""
     node = yaml.safe_load(Path(f"conf/network/{name}.yaml").read_text())
-    node["init_args"] |= {"channels": 3, "u_dim": WIDTH, "planes": 0, **more}
+    node["init_args"] |= {"channels": 3, "u_dim": WIDTH, "planes": 0, "dims": 2, **more}
     return build(node, Network)
 
 

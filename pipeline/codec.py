@@ -8,21 +8,24 @@ knows how: the data module owns the codec, the checkpoint carries it, and the ge
 import csv
 import json
 import math
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline import png
 from pipeline.building import Part
 from pipeline.errors import UserError
 from pipeline.noise import Noise
 
-__all__ = ["Codec", "Columns", "Pixels", "Standardised"]
+__all__ = ["Codec", "Columns", "Pixels", "Signals", "Standardised"]
 
 
 class Codec(Part, ABC):
@@ -88,7 +91,7 @@ class Pixels(Codec):
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}; it must be 3 (colour) or 1 (grey).")
         self.shape = (channels, height, width)
-        self.sizes = {"channels": channels}
+        self.sizes = {"channels": channels, "dims": 2}
 
     def encode(self, rows: Tensor) -> Tensor:
         return rows.float() / 127.5 - 1
@@ -137,6 +140,64 @@ class Pixels(Codec):
             log_prob: The log-likelihood in nats, with shape (B,).
         """
         return math.log2(127.5) - log_prob / (math.prod(self.shape) * math.log(2))
+
+
+class Signals(Codec):
+    r"""Signals of 16 bits: sound, or what else is sampled evenly.
+
+    .. math:: x = k / 32767, \quad k \in \{-32768, …, 32767\}
+
+    Back to the nearest; values outside are clipped.
+
+    Arguments:
+        channels: 1 for mono, 2 for stereo, or any number.
+        length: The number of samples of a channel.
+        rate: The number of samples in a second.
+    """
+
+    plural = "signals"
+
+    def __init__(self, channels: int, length: int, rate: int) -> None:
+        if min(channels, length, rate) < 1:
+            raise ValueError(f"channels {channels}, length {length} and rate {rate} must be > 0.")
+        self.shape, self.rate = (channels, length), rate
+        self.sizes = {"channels": channels, "dims": 1}
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return rows.float() / 32767
+
+    def decode(self, x: Tensor) -> Tensor:
+        return (x.float() * 32767).round().clamp(-32768, 32767).to(torch.int16)
+
+    def write(
+        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
+    ) -> None:
+        """One WAV for each signal, and all of them in `samples.npz` under the same names."""
+        from scipy.io import wavfile
+
+        with zipfile.ZipFile(folder / "samples.npz", "a" if first else "w") as together:
+            for i, row in enumerate(rows.cpu().numpy(), start=first):
+                about[i]["file"] = f"{i:05d}.wav"
+                wavfile.write(folder / f"{i:05d}.wav", self.rate, row.T)
+                with together.open(f"{i:05d}.npy", "w") as file:
+                    np.save(file, row)
+
+    def sheet(self, rows: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
+        """The waveforms, −1 to 1, and below each its first channel's frequencies, 0 to half of the
+        rate, over 60 decibels.
+        """
+        x, (wide, high) = rows.float() / 32767, (160, 64)
+        top, low = (sign * F.adaptive_max_pool1d(sign * x, wide) for sign in (1, -1))
+        y = torch.linspace(1, -1, high, device=x.device)[:, None]  # (H, 1)
+        top, low = top.amax(1)[:, None] + 1.1 / high, low.amin(1)[:, None] - 1.1 / high
+        window = torch.hann_window(min(2 ** round(math.log2(x.shape[2]) / 2 + 1), x.shape[2]))
+        how: Any = {"window": window.to(x), "pad_mode": "constant", "return_complex": True}
+        spectrum = torch.stft(x[:, 0], len(window), max(x.shape[2] // wide, 1), **how).abs()
+        level = (spectrum / spectrum.amax((1, 2), keepdim=True).clamp(min=1e-9)).clamp(min=1e-3)
+        tint = F.interpolate(level.log10()[:, None].flip(2) / 3 + 1, (high, wide))
+        wave = ((low <= y) & (y <= top))[:, None]
+        shown = torch.cat((wave, tint), dim=2)  # (N, 1, 2 H, W), in [0, 1]
+        return png.contact_sheet((255 - 255 * shown).to(torch.uint8), captions, columns)
 
 
 class Columns(Codec):

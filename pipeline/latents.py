@@ -1,7 +1,7 @@
 """Pictures as what a frozen autoencoder makes of them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,7 +71,7 @@ class Latents(Pixels):
     @cached_property
     def autoencoder(self) -> Any:
         try:
-            from diffusers import AutoencoderKL
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         except ImportError as error:
             raise UserError(
                 "Latents need the package diffusers: install it by "
@@ -112,5 +112,5 @@ class Latents(Pixels):
         )
 
 
-def lacks(folder: Path) -> Sequence[str]:
+def lacks(folder: Path) -> list[str]:
     return [name for name in FILES if not (folder / name).is_file()]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import yaml
 from lightning.pytorch.strategies import Strategy
@@ -34,7 +35,8 @@ TYPES: dict[str, type] = {
 }
 GROUPS = sorted(CONF.glob("*/*.yaml"))
 BUILT = [file for file in GROUPS if file.parent.name in TYPES]
-DATA = {"channels": 3, "u_dim": 5, "planes": 0, "x_dim": 2}  # what a network reads from them
+# what a network reads from the data
+DATA = {"channels": 3, "u_dim": 5, "planes": 0, "dims": 2, "x_dim": 2}
 EXPERIMENTS = [file for file in GROUPS if file.parent.name == "experiment"]
 
 
@@ -112,9 +114,21 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
     for kind, same in (("cifar10_long", "cifar10"), ("emoji_styles_64", "emoji_styles")):
         own[kind] = own[same]
     small = ["--model.denoiser.network.widths", "[16, 32, 32]"]  # they are for a GPU
+    own["sequences"] = ["--data.path", str(_sounds(tmp_path / "sequences")), *cache]
     return own | {
         kind: own[kind] + small for kind in ("cifar10", "cifar10_long", "emoji_styles_64")
     }
+
+
+def _sounds(folder: Path) -> Path:
+    from scipy.io import wavfile
+
+    folder.mkdir()
+    for k in range(4):
+        wavfile.write(folder / f"{k}.wav", 16000, np.full(9000, 1000 * k, np.int16))
+    lines = [f'{{"file_name": "{k}.wav", "caption": "sound {k}"}}' for k in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def _png(k: int) -> bytes:

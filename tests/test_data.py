@@ -217,9 +217,9 @@ def test_a_data_module_needs_a_source() -> None:
 
 
 def test_sizes_are_what_a_network_is_to_have(tmp_path: Path) -> None:
-    path = folder(tmp_path / "photos", 2)
-    assert hub(path, tmp_path, channels=1).sizes() == {"u_dim": 2, "planes": 0, "channels": 1}
-    assert Numbers(8, Halves()).sizes() == {"u_dim": 2, "planes": 1, "channels": 1}
+    path, grey = folder(tmp_path / "photos", 2), {"channels": 1, "dims": 2}
+    assert hub(path, tmp_path, channels=1).sizes() == {"u_dim": 2, "planes": 0, **grey}
+    assert Numbers(8, Halves()).sizes() == {"u_dim": 2, "planes": 1, **grey}
     mixture = GaussianMixture([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.5]], [0.05] * 3)
     points = Points(mixture, Classes(), 500, 50)
     assert points.sizes() == {"u_dim": 3, "planes": 0, "x_dim": 2}

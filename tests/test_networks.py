@@ -16,7 +16,9 @@ from pipeline.networks.layers import (
     LevelEmbedding,
     SelfAttention,
     attend,
+    fold,
     pool,
+    unfold,
     width_groups,
 )
 from pipeline.networks.unet import Block, _places
@@ -76,6 +78,11 @@ def patches(u_dim: int = E) -> tuple[nn.Module, Tensor]:
     return dit(u_dim=u_dim), normal(4, 1, 8, 8)
 
 
+def signals(way: str, u_dim: int = E) -> tuple[nn.Module, Tensor]:
+    made = dit(u_dim=u_dim, dims=1) if way == "DiT" else unet(u_dim=u_dim, dims=1, **WAYS[way])
+    return made, normal(4, 1, 24)
+
+
 def vectors(u_dim: int = E) -> tuple[nn.Module, Tensor]:
     return mlp(u_dim=u_dim), normal(4, 3)
 
@@ -85,6 +92,7 @@ Make = Callable[..., tuple[nn.Module, Tensor]]
 TAKERS = [pytest.param(partial(pictures, way), id=way) for way in WAYS]
 TAKERS.append(pytest.param(patches, id="DiT"))
 TAKERS.append(pytest.param(vectors, id="MLP"))
+TAKERS += [pytest.param(partial(signals, way), id=f"1-D {way}") for way in (*WAYS, "DiT")]
 LEVEL = torch.tensor([-5.0, -1.0, 0.5, 4.0], dtype=torch.float64)
 
 
@@ -194,6 +202,55 @@ def test_unet_sizes(channels: int, size: int, patch: int) -> None:
     change = (network(nudged, LEVEL[:2], condition(2)) - y).abs().sum(dim=(0, 1))
     top = change.flatten().argmax().item()
     assert abs(top // size - 1) <= 4 and abs(top % size - (size - 2)) <= 4
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("make", [unet, dit])
+def test_signals(make: Callable, patch: int) -> None:
+    network = make(channels=2, patch=patch, dims=1)
+    x, u = normal(2, 2, 64), condition(2)
+    y = network(x, LEVEL[:2], u)
+    assert y.shape == x.shape
+    nudged = x.clone()
+    nudged[:, :, 41] += 1  # its own surroundings move the most
+    change = (network(nudged, LEVEL[:2], u) - y).abs().sum(dim=(0, 1))
+    assert abs(change.argmax().item() - 41) <= 4 * patch
+
+
+def test_a_signal_is_a_picture_of_one_row() -> None:
+    """Of a 3×3 kernel the middle row alone meets a picture of height 1."""
+    line = unet(dims=1, widths=(16,), patch=1, **WAYS["concat"])
+    flat = unet(dims=2, widths=(16,), patch=1, **WAYS["concat"])
+    for name, p in flat.named_parameters():
+        own = line.state_dict()[name]
+        if p.ndim < 4:
+            p.data = own
+        else:
+            p.data[:, :, p.shape[2] // 2] = own
+    x, u = normal(4, 1, 12), condition(4)
+    assert torch.allclose(line(x, LEVEL, u), flat(x[:, :, None], LEVEL, u)[:, :, 0], atol=CLOSE)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_fold(patch: int) -> None:
+    x = normal(2, 3, 12)
+    h = fold(x, patch)
+    assert h.shape == (2, 3 * patch, 12 // patch) and torch.equal(unfold(h, patch), x)
+    for k in range(patch):
+        assert torch.equal(h[:, k::patch], x[:, :, k::patch])
+    same = fold(x[:, :, None].expand(-1, -1, patch, -1), patch)  # the first row of each square
+    assert torch.equal(same.unflatten(1, (3, patch, patch))[:, :, 0, :, 0].flatten(1, 2), h)
+
+
+def test_a_network_of_other_dims_says_what_it_takes() -> None:
+    for network, x, said in (
+        (unet(), normal(4, 1, 8), "A picture of 8 does not"),
+        (dit(dims=1), normal(4, 1, 8, 8), "A signal of 8×8 does not"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            network(x, LEVEL, condition(4))
+    with pytest.raises(ValueError, match="A signal of 10 does not fold 2 .* multiples of 4"):
+        unet(dims=1)(normal(4, 1, 10), LEVEL, condition(4))
 
 
 def test_unet_takes_oblongs_and_three_stages() -> None:
@@ -526,6 +583,8 @@ def test_dropout_is_of_training_alone() -> None:
 
 
 def test_coordinates() -> None:
+    (line,) = _places(torch.zeros(2, 5, 3))[1]
+    assert torch.equal(line, torch.tensor([-1.0, 0.0, 1.0]))
     y, x = _places(torch.zeros(2, 5, 3, 4))[1]
     assert torch.equal(y[:, 0], torch.tensor([-1.0, 0.0, 1.0])) and torch.equal(y[:, 0], y[:, 3])
     assert torch.allclose(x[0], torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0]))
@@ -581,7 +640,7 @@ def test_planes_stand_beside_x(patch: int) -> None:
 
 def test_planes_are_where_a_network_takes_them_and_as_large_as_x() -> None:
     network, x = unet(u_dim=0, planes=1), normal(4, 1, 8, 8)
-    with pytest.raises(ValueError, match="planes of u are of 4×4 and the picture of 8×8"):
+    with pytest.raises(ValueError, match="planes of u are of 4×4 and x is of 8×8"):
         network(x, LEVEL, with_planes(4, size=4))
     for u, count in ((None, 0), (Condition(), 0), (with_planes(4, 2), 2)):
         with pytest.raises(ValueError, match=f"takes 1 planes of u and was given {count}"):

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pipeline.codec import Codec
 from pipeline.errors import UserError
 from pipeline.files import whole
 from pipeline.module import ScoreModule
@@ -21,7 +22,7 @@ class SampleSheet(pl.Callback):
     Each sheet is written into the run's folder, as `sheets/step-000500.png`, and given to every
     logger that takes pictures.
 
-    Data that are not pictures have no sheet.
+    Data that cannot be seen have no sheet.
 
     Arguments:
         prompts: What to draw; `None` for distinct values of the validation data, evenly spaced.
@@ -41,7 +42,7 @@ class SampleSheet(pl.Callback):
     ) -> None:
         # not on_validation_epoch_end, where the averaged weights may be gone already
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if k or not data.codec.pictures:
+        if k or type(data.codec).sheet is Codec.sheet:
             return
         prompts = self.prompts or data.prompts(self.number)
         generator = pl_module.generator(data, together=True)

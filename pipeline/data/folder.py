@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -48,8 +48,9 @@ def is_picture(name: str) -> bool:
 
 
 class Listing(NamedTuple):
-    """The files below a folder, by their sorted paths from it: pictures, metadata, captions of
-    one picture each, others, and what is hidden or linked to again, which is not looked into.
+    """The files below a folder, by their sorted paths from it: pictures, or what else the noun
+    says, metadata, captions of one picture each, others, and what is hidden or linked to again,
+    which is not looked into.
     """
 
     root: Path
@@ -59,11 +60,14 @@ class Listing(NamedTuple):
     others: list[str]
     hidden: list[str]
     again: list[str]
+    noun: str = "picture"
 
 
-def list_folder(root: Path) -> Listing:
+def list_folder(
+    root: Path, noun: str = "picture", wanted: Callable[[str], bool] = is_picture
+) -> Listing:
     """Lists a folder and all below, linked folders too, each folder once."""
-    found = Listing(root, [], [], [], [], [], [])
+    found = Listing(root, [], [], [], [], [], [], noun)
     seen = {os.path.realpath(root)}
 
     def kind(entry: os.DirEntry) -> list[str]:
@@ -73,7 +77,7 @@ def list_folder(root: Path) -> Listing:
             return found.metadata
         # a link to nothing is a picture too: it stops the run as an unreadable one does
         file = entry.is_file() or entry.is_symlink() and not os.path.exists(entry.path)
-        return found.pictures if file and is_picture(entry.name) else found.others
+        return found.pictures if file and wanted(entry.name) else found.others
 
     def visit(folder: str) -> None:
         with os.scandir(root / folder) as entries:
@@ -102,7 +106,7 @@ def list_folder(root: Path) -> Listing:
         own = [f for f in found.others if f.endswith(".txt") and f[:-4] in stems]
         found.captions.extend(own)
         found.others[:] = set(found.others).difference(own)
-    for names in found[1:]:
+    for names in found[1:-1]:
         names.sort()
     for name in found.pictures:
         if name != name.encode("utf-8", "replace").decode():
@@ -130,7 +134,7 @@ def read_folder(found: Listing, asked: Iterable[str]) -> "dict[str, datasets.Dat
         {
             "not in the metadata": [name for name in rest if name in unlisted],
             "in no split that is read": [name for name in rest if name not in unlisted],
-            "not pictures": found.others,
+            f"not {found.noun}s": found.others,
             "hidden": found.hidden,
             "linked to again": found.again,
         },
@@ -147,7 +151,7 @@ def tell(found: Listing, left_out: dict[str, list[str]]) -> None:
     ]
     said = f"; left out: {', '.join(reasons)}" if reasons else ""
     many = "" if len(found.pictures) == 1 else "s"
-    say(f"{len(found.pictures)} picture{many} in {found.root}{said}.")
+    say(f"{len(found.pictures)} {found.noun}{many} in {found.root}{said}.")
 
 
 @rank_zero_only
@@ -208,7 +212,7 @@ def read_metadata(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
             both = [one for one in found.metadata if posixpath.dirname(one) == folder]
             raise UserError(f"{str(found.root)!r} holds {' and '.join(both)}; keep one of them.")
         for number, row in READERS[file.name](file):
-            picture = place(row, folder, pictures, file, number)
+            picture = place(row, folder, pictures, file, number, found.noun)
             if picture in rows:
                 fail(file, number, f"lists {picture!r} again, after {first[picture]}; keep one")
             rows[picture], first[picture] = row, f"line {number} of {name}"
@@ -228,7 +232,9 @@ def read_captions(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
     return {name: {"caption": "".join(some)} for name, some in said.items()}, set()
 
 
-def place(row: dict[str, Any], folder: str, pictures: set[str], file: Path, number: int) -> str:
+def place(
+    row: dict[str, Any], folder: str, pictures: set[str], file: Path, number: int, noun: str
+) -> str:
     """Takes a row's `file_name`, and finds the picture."""
     if "image" in row:
         fail(file, number, "has a column 'image', which is the pictures' own; rename it")
@@ -247,7 +253,7 @@ def place(row: dict[str, Any], folder: str, pictures: set[str], file: Path, numb
     fail(
         file,
         number,
-        f"names {said!r}, which is no picture in {str(file.parent)!r}; mend the name or remove "
+        f"names {said!r}, which is no {noun} in {str(file.parent)!r}; mend the name or remove "
         "the line",
     )
 

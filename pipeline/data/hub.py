@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,8 @@ class Hub(Pictures):
         more: See :class:`pipeline.data.Pictures`.
     """
 
+    holds: tuple[str, Callable[[str], bool]] = ("picture", is_picture)
+
     def __init__(
         self,
         path: str | list[str],
@@ -106,13 +108,13 @@ class Hub(Pictures):
     def folder(self) -> Listing | None:
         """The folder of pictures, if the path is one."""
         root = one_folder(self.path)
-        found = list_folder(root) if root else None
+        found = list_folder(root, *self.holds) if root else None
         if found is None or len(found.pictures) > len(data_files(found)):
             return found
         if not data_files(found):
             held = ", ".join(map(repr, (found.metadata + found.others)[:3]))
             raise UserError(
-                f"data.path {self.path!r} holds no pictures and no parquet files, but "
+                f"data.path {self.path!r} holds no {found.noun}s and no parquet files, but "
                 f"{held or 'nothing'}; give a folder that does."
             )
         return None
@@ -197,12 +199,12 @@ class Hub(Pictures):
         if not len(self.everything[name]):
             raise UserError(
                 f"Split {name!r} of data.path {self.path!r} has no rows for {split!r}; metadata, "
-                "where there are any, have to list its pictures."
+                f"where there are any, have to list its {self.codec.plural}."
             )
         raise UserError(
-            f"Split {name!r} of data.path {self.path!r} has one picture, which is held out to "
-            "validate on, and none is left to train on; give more pictures, or set data.val_split "
-            "to a split with others."
+            f"Split {name!r} of data.path {self.path!r} has one row, which is held out to "
+            f"validate on, and none is left to train on; give more {self.codec.plural}, or set "
+            "data.val_split to a split with others."
         )
 
     def divides(self, split: str) -> bool:

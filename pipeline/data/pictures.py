@@ -47,6 +47,7 @@ __all__ = ["Pictures", "decode", "write_map"]
 VERSION = 3  # of the rule in `decode`: raise it when pictures would come out different
 
 Fit = Literal["crop", "pad", "squeeze"]
+Read = Callable[[dict | None], np.ndarray]  # of an encoded row {bytes, path}
 
 
 class Pictures(DataModule):
@@ -65,6 +66,7 @@ class Pictures(DataModule):
     """
 
     image = "image"
+    kind: type = np.uint8  # of the numbers of a row
 
     def __init__(
         self,
@@ -100,6 +102,10 @@ class Pictures(DataModule):
     def more(self, split: str) -> list[list] | None:
         return None
 
+    def read(self, image: dict | None) -> np.ndarray:
+        """What is encoded, {bytes, path}, as a row."""
+        return decode(image, self.size, self.channels, self.fit)
+
     def row_number(self, split: str, row: int) -> int:
         """The number by which a person knows a row of a split."""
         return row
@@ -127,16 +133,16 @@ class Pictures(DataModule):
 
             def make(start: int, end: int, quiet: bool) -> Iterator[np.ndarray | str]:
                 some = images.select(range(start, end))
-                return decoded(some, self.frame, self.fit, f"decoding {split}", quiet)
+                return decoded(some, self.read, f"decoding {split}", quiet)
 
             try:
-                write_map(path, len(images), self.frame, np.uint8, make, together)
+                write_map(path, len(images), self.frame, self.kind, make, together)
             except Unreadable as error:
                 count, row, why = error.args
                 raise UserError(
-                    f"{count} of {len(images)} pictures in column {column!r} of split "
-                    f"{split!r} cannot be read, the first in row {self.row_number(split, row)} "
-                    f"({why}); mend or remove them."
+                    f"{count} of {len(images)} {self.codec.plural} in column {column!r} of "
+                    f"split {split!r} cannot be read, the first in row "
+                    f"{self.row_number(split, row)} ({why}); mend or remove them."
                 ) from None
         return np.load(path, mmap_mode="r")
 
@@ -259,7 +265,7 @@ def is_sound(path: Path) -> bool:
 
 
 def decoded(
-    images: "datasets.Dataset", shape: tuple[int, ...], fit: Fit, title: str, quiet: bool
+    images: "datasets.Dataset", read: Read, title: str, quiet: bool
 ) -> Iterator[np.ndarray | str]:
     """Each row's picture, or the reason why there is none.
 
@@ -267,9 +273,9 @@ def decoded(
     cores, and cost thumbnails a fifth of theirs.
     """
 
-    def read(image: dict | None) -> np.ndarray | str:
+    def tried(image: dict | None) -> np.ndarray | str:
         try:
-            return decode(image, (shape[1], shape[2]), shape[0], fit)
+            return read(image)
         except UnidentifiedImageError:
             return f"{named(image)}: no image that Pillow knows"
         except Exception as error:  # Pillow raises whatever a broken file provokes
@@ -277,10 +283,10 @@ def decoded(
 
     with (
         ThreadPoolExecutor(cores()) as pool,
-        tqdm(total=len(images), desc=title, unit=" pictures", disable=quiet or None) as bar,
+        tqdm(total=len(images), desc=title, unit=" rows", disable=quiet or None) as bar,
     ):
         for some in images.iter(256):
-            for picture in pool.map(read, *some.values()):  # type: ignore[union-attr]
+            for picture in pool.map(tried, *some.values()):  # type: ignore[union-attr]
                 yield picture
                 bar.update()
 

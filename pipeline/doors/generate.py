@@ -132,7 +132,7 @@ def draw(
     about = [said | {"seed": args.seed + k} for _, said in asked for k in range(args.number)]
     if isinstance(generator.conditioning, Several):
         about = [one | {"u": generator.conditioning.said(one["prompt"])} for one in about]
-    results = ("*.png", "samples.*", "manifest.json")
+    results = ("*.png", "*.wav", "samples.*", "manifest.json")
     done: list[Any] = []
     with (
         new_folder(args.out, results) if writes else nullcontext(Path()) as out,

@@ -1,6 +1,7 @@
-"""A transformer for pictures."""
+"""A transformer for pictures and signals."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from pipeline.networks.layers import (
     attend,
     check_condition,
     check_planes,
+    check_sides,
+    fold,
     pool,
+    unfold,
     zero,
 )
 
@@ -86,13 +90,15 @@ class Block(nn.Module):
 
 
 class DiT(Network):
-    r"""A transformer over the patches of a picture and the tokens of u, all in one sequence.
+    r"""A transformer over the patches of a picture or a signal and the tokens of u, all in one
+    sequence.
 
-    A patch of p × p pixels is a token; its place is added to it and turns its queries and keys
-    (rotary, half of a head's channels by y and half by x), so that attention sees both where a
-    patch is and how far others are. The tokens of u stand before the patches and are turned by
-    nothing: every block attends to every word. Tokens that are exactly zero are padding and are
-    masked. Level and averaged tokens modulate each block, which adds nothing at first.
+    A patch of p × p pixels, or p samples, is a token; its place is added to it and turns its
+    queries and keys (rotary, in a picture half of a head's channels by y and half by x), so that
+    attention sees both where a patch is and how far others are. The tokens of u stand before the
+    patches and are turned by nothing: every block attends to every word. Tokens that are exactly
+    zero are padding and are masked. Level and averaged tokens modulate each block, which adds
+    nothing at first.
 
     References:
         | Scalable Diffusion Models with Transformers (Peebles & Xie, 2023): adaLN-zero
@@ -106,14 +112,15 @@ class DiT(Network):
         | https://arxiv.org/abs/2302.05442
 
     Arguments:
-        channels: The number C of channels of the picture; 3 for RGB, 1 for grey.
+        channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.
         u_dim: The width E of a token of u; 0 for an unconditional network.
         width: The width of a token in the network.
         depth: The number of blocks.
-        patch: The side p of a patch in pixels: 2 for pictures of 32, 4 for 64.
+        patch: The side p of a patch: 2 for pictures of 32, 4 for 64, 8 for signals of 1,024.
         head_width: The number of channels of a head, a multiple of 4 that divides the width.
         planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
             where u is a picture.
+        dims: 2 for pictures (C, H, W), 1 for signals (C, L).
 
     Raises:
         ValueError: head_width is no multiple of 4 or does not divide the width.
@@ -128,6 +135,7 @@ class DiT(Network):
         patch: int = 2,
         head_width: int = 64,
         planes: int = 0,
+        dims: Literal[1, 2] = 2,
     ) -> None:
         super().__init__()
         if head_width % 4 or width % head_width:
@@ -136,16 +144,16 @@ class DiT(Network):
                 f"{width}."
             )
         self.channels, self.u_dim, self.planes = channels, u_dim, planes
-        self.patch, self.head_width = patch, head_width
+        self.patch, self.head_width, self.dims = patch, head_width, dims
         self.level = LevelEmbedding(width)
         self.norm_u = nn.RMSNorm(u_dim, eps=1e-6) if u_dim else None
         self.tokens = nn.Linear(u_dim, width) if u_dim else None
         self.modulate = nn.Linear(u_dim, width) if u_dim else None
-        self.input = nn.Linear((channels + planes) * patch**2, width)
+        self.input = nn.Linear((channels + planes) * patch**dims, width)
         self.blocks = nn.ModuleList(Block(width, head_width) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, channels * patch**2)
+        self.output = nn.Linear(width, channels * patch**dims)
         zero(self.modulation)
         zero(self.output)
 
@@ -153,22 +161,19 @@ class DiT(Network):
         r"""The network's output, with the shape of x.
 
         Arguments:
-            x: A scaled noisy picture, with shape (B, C, H, W), its sides multiples of the patch.
+            x: A scaled noisy picture, with shape (B, C, H, W), or signal (B, C, L), its sides
+                multiples of the patch.
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, its planes of the picture's height and width; `None` where u_dim and
-                planes are 0.
+            u: The condition, its planes with the sides of x; `None` where u_dim and planes are 0.
         """
-        if x.shape[-1] % self.patch or x.shape[-2] % self.patch:
-            raise ValueError(
-                f"A picture of {x.shape[-2]}×{x.shape[-1]} does not divide into patches of "
-                f"{self.patch}; change the size or the patch."
-            )
+        advice = f"divide into patches of {self.patch}; change the size or the patch."
+        check_sides(x, self.dims, self.patch, advice)
         check_condition(u, self.u_dim, self.planes)
         if u is not None and u.planes is not None:
             check_planes(u.planes, x)
             x = torch.cat((x, u.planes), dim=1)
-        h = F.pixel_unshuffle(x, self.patch)  # (B, C·p², H/p, W/p)
-        places = _places(h)  # (N, 2)
+        h = fold(x, self.patch)  # (B, C·p², H/p, W/p)
+        places, sides = _places(h), h.shape[2:]  # (N, dims)
         h = self.input(h.flatten(2).transpose(1, 2))  # (B, N, width)
         h = h + _waves(places, h.shape[-1])
         c, mask = self.level(level), None
@@ -185,16 +190,15 @@ class DiT(Network):
         for block in self.blocks:
             h = block(h, c, turn, mask)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)
-        h = h[:, -x.shape[-2] * x.shape[-1] // self.patch**2 :]
+        h = h[:, -math.prod(sides) :]
         h = self.output(torch.addcmul(shift, self.norm(h), 1 + scale)).transpose(1, 2)
-        rows = x.shape[-2] // self.patch
-        return F.pixel_shuffle(h.unflatten(2, (rows, -1)), self.patch)
+        return unfold(h.unflatten(2, sides), self.patch)
 
 
 def _places(h: Tensor) -> Tensor:
-    """The row and column of each place of a map, from its middle, with shape (N, 2)."""
-    y, x = (torch.arange(n, dtype=h.dtype, device=h.device) - (n - 1) / 2 for n in h.shape[2:])
-    return torch.cartesian_prod(y, x)
+    """The row and column of each place of a map, or its sample, from the middle, (N, dims)."""
+    sides = (torch.arange(n, dtype=h.dtype, device=h.device) - (n - 1) / 2 for n in h.shape[2:])
+    return torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 def _waves(places: Tensor, width: int) -> Tensor:
@@ -205,5 +209,6 @@ def _waves(places: Tensor, width: int) -> Tensor:
 
 def _angles(places: Tensor, width: int) -> Tensor:
     """The angles of each place, half by row and half by column, with shape (N, width / 2)."""
-    steps = torch.arange(width // 4, dtype=places.dtype, device=places.device) / (width // 4)
+    count = width // (2 * places.shape[1])
+    steps = torch.arange(count, dtype=places.dtype, device=places.device) / count
     return (places[:, :, None] * BASE**-steps).flatten(1)

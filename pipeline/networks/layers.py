@@ -9,16 +9,23 @@ from torch.nn import functional as F
 from pipeline.condition import U
 
 __all__ = [
+    "CONV",
     "CrossAttention",
     "LevelEmbedding",
     "SelfAttention",
     "attend",
     "check_condition",
     "check_planes",
+    "check_sides",
+    "fold",
     "pool",
+    "unfold",
     "width_groups",
     "zero",
 ]
+
+
+CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 def pool(tokens: Tensor) -> Tensor:
@@ -66,15 +73,38 @@ def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
 
 
 def check_planes(planes: Tensor, x: Tensor) -> None:
-    """Raise `ValueError` unless the planes of u have the picture's height and width."""
+    """Raise `ValueError` unless the planes of u have the sides of x."""
     if planes.shape[2:] != x.shape[2:]:
         raise ValueError(
-            f"The planes of u are of {planes.shape[2]}×{planes.shape[3]} and the picture of "
-            f"{x.shape[2]}×{x.shape[3]}; they must be equal."
+            f"The planes of u are of {_sides(planes)} and x is of {_sides(x)}; they must be equal."
         )
 
 
-def zero(layer: nn.Linear | nn.Conv2d) -> None:
+def check_sides(x: Tensor, dims: int, multiple: int, advice: str) -> None:
+    """Raise `ValueError` unless x has so many sides, all of them such multiples."""
+    if x.ndim != dims + 2 or any(side % multiple for side in x.shape[2:]):
+        raise ValueError(f"A {('signal', 'picture')[dims - 1]} of {_sides(x)} does not {advice}")
+
+
+def _sides(x: Tensor) -> str:
+    return "×".join(map(str, x.shape[2:]))
+
+
+def fold(x: Tensor, patch: int) -> Tensor:
+    """Patches as channels, (B, C·p², H/p, W/p) or (B, C·p, L/p)."""
+    if x.ndim == 4:
+        return F.pixel_unshuffle(x, patch)
+    return x.unflatten(2, (-1, patch)).transpose(2, 3).flatten(1, 2)
+
+
+def unfold(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `fold`."""
+    if x.ndim == 4:
+        return F.pixel_shuffle(x, patch)
+    return x.unflatten(1, (-1, patch)).transpose(2, 3).flatten(2)
+
+
+def zero(layer: nn.Module) -> None:
     """Make a layer give 0, so that the branch it ends adds nothing when training begins."""
     for p in layer.parameters():
         nn.init.zeros_(p)

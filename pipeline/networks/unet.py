@@ -1,6 +1,7 @@
-"""A convolutional network for pictures."""
+"""A convolutional network for pictures and signals."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,16 @@ from torch.nn import functional as F
 from pipeline.condition import U
 from pipeline.networks.base import Network
 from pipeline.networks.layers import (
+    CONV,
     CrossAttention,
     LevelEmbedding,
     SelfAttention,
     check_condition,
     check_planes,
+    check_sides,
+    fold,
     pool,
+    unfold,
     width_groups,
     zero,
 )
@@ -25,19 +30,22 @@ __all__ = ["UNet"]
 class Block(nn.Module):
     """Two convolutions, the second modulated by the level and the condition, beside a skip."""
 
-    def __init__(self, width_in: int, width: int, dim: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width_in: int, width: int, dim: int, dropout: float = 0.0, dims: int = 2
+    ) -> None:
         super().__init__()
+        conv = CONV[dims]
         self.norm_1 = nn.GroupNorm(width_groups(width_in), width_in)
-        self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.conv_1 = conv(width_in, width, 3, padding=1)
         self.norm_2 = nn.GroupNorm(width_groups(width), width, affine=False)
         self.modulation = nn.Linear(dim, 2 * width)
         self.dropout = nn.Dropout(dropout)
-        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
-        self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
+        self.conv_2 = conv(width, width, 3, padding=1)
+        self.skip = nn.Identity() if width_in == width else conv(width_in, width, 1)
         zero(self.conv_2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulation(c)[..., *[None] * (x.ndim - 2)].chunk(2, dim=1)
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = torch.addcmul(shift, self.norm_2(h), 1 + scale)
         return self.skip(x) + self.conv_2(self.dropout(F.silu(h)))
@@ -46,11 +54,9 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """A block, then self-attention and cross-attention where the stage has them."""
 
-    def __init__(
-        self, width_in: int, width: int, dim: int, attention: bool, u_dim: int, dropout: float
-    ) -> None:
+    def __init__(self, block: Block, width: int, attention: bool, u_dim: int) -> None:
         super().__init__()
-        self.block = Block(width_in, width, dim, dropout)
+        self.block = block
         self.attention = SelfAttention(width) if attention else nn.Identity()
         self.cross = CrossAttention(width, u_dim) if u_dim else None
 
@@ -79,23 +85,25 @@ class UNet(Network):
         | https://arxiv.org/abs/1807.03247
 
     Arguments:
-        channels: The number C of channels of the picture; 3 for RGB, 1 for grey.
+        channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.
         u_dim: The width E of a token of u; 0 for an unconditional network.
         widths: The number of channels of each stage, the finest first.
         blocks: The number of blocks of each stage, on the way down and again on the way up.
-        patch: The side of the squares of pixels folded into channels; 1 folds nothing.
+        patch: The side of the squares of pixels, or the length of the pieces of a signal, that
+            are folded into channels; 1 folds nothing.
         attention: The stages with self-attention.
         concat: The lecture's (x, u): the number of channels the averaged tokens are projected to
             and joined to the picture as; 0 for none.
         modulate: Whether the averaged tokens join the level embedding.
         attend: The stages with cross-attention to the tokens.
-        coordinates: Whether each place is told where it is, as two more channels in [-1, 1]. A
+        coordinates: Whether each place is told where it is, as `dims` more channels in [-1, 1]. A
             convolution knows a place only by its distance from the border; captions that name
             places are learned sooner with it.
         planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
             where u is a picture.
         dropout: The share of a block's numbers that are left out in training, for data that a
             network could learn by heart.
+        dims: 2 for pictures (C, H, W), 1 for signals (C, L).
     """
 
     def __init__(
@@ -112,6 +120,7 @@ class UNet(Network):
         coordinates: bool = False,
         planes: int = 0,
         dropout: float = 0.0,
+        dims: Literal[1, 2] = 2,
     ) -> None:
         super().__init__()
         for name, stages in (("attention", attention), ("attend", attend)):
@@ -127,11 +136,12 @@ class UNet(Network):
             raise ValueError(f"u_dim = {u_dim} but u is not used: set concat, modulate or attend.")
         self.patch, self.widths = patch, tuple(widths)
         self.channels, self.u_dim, self.planes = channels, u_dim, planes
-        dim = 4 * widths[0]
+        self.dims, conv, dim = dims, CONV[dims], 4 * widths[0]
 
         def stage(k: int, width_in: int) -> Stage:
             of_u = u_dim if k in attend else 0
-            return Stage(width_in, widths[k], dim, k in attention, of_u, dropout)
+            block = Block(width_in, widths[k], dim, dropout, dims)
+            return Stage(block, widths[k], k in attention, of_u)
 
         self.level = LevelEmbedding(dim)
         self.modulate = (
@@ -141,8 +151,8 @@ class UNet(Network):
         )
         self.concat = nn.Linear(u_dim, concat) if concat else None
         self.coordinates = coordinates
-        width_in = (channels + planes) * patch**2 + concat + 2 * coordinates
-        self.input = nn.Conv2d(width_in, widths[0], 3, padding=1)
+        width_in = (channels + planes) * patch**dims + concat + dims * coordinates
+        self.input = conv(width_in, widths[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
@@ -152,7 +162,7 @@ class UNet(Network):
             )
             width = widths[k]
             if k + 1 < len(widths):
-                self.downsample.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.downsample.append(conv(width, width, 3, stride=2, padding=1))
         self.middle = stage(len(widths) - 1, width)
         for k in reversed(range(len(widths))):
             self.up.append(
@@ -162,32 +172,36 @@ class UNet(Network):
             )
             width = widths[k]
             if k:
-                self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
+                self.upsample.append(conv(width, width, 3, padding=1))
         self.norm = nn.GroupNorm(width_groups(width), width)
-        self.output = nn.Conv2d(width, channels * patch**2, 3, padding=1)
+        self.output = conv(width, channels * patch**dims, 3, padding=1)
         zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         r"""The network's output, with the shape of x.
 
         Arguments:
-            x: A scaled noisy picture, with shape (B, C, H, W).
+            x: A scaled noisy picture, with shape (B, C, H, W), or signal (B, C, L).
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, its planes of the picture's height and width; `None` where u_dim and
-                planes are 0.
+            u: The condition, its planes with the sides of x; `None` where u_dim and planes are 0.
         """
-        self._check(x)
+        stages = len(self.widths)
+        multiple = self.patch * 2 ** (stages - 1)
+        advice = f"fold {stages} stages deep: its sides must be multiples of {multiple}; "
+        advice += "change the size, patch or the number of widths."
+        check_sides(x, self.dims, multiple, advice)
         check_condition(u, self.u_dim, self.planes)
         tokens, planes = (None, None) if u is None else (u.tokens, u.planes)
         if planes is not None:
             check_planes(planes, x)
             x = torch.cat((x, planes), dim=1)
-        h = F.pixel_unshuffle(x, self.patch)  # (B, C·p², H/p, W/p)
+        h = fold(x, self.patch)  # (B, C·p², H/p, W/p)
         c = self.level(level)
         if self.modulate is not None and tokens is not None:
             c = c + self.modulate(pool(tokens))
         if self.concat is not None and tokens is not None:
-            same = self.concat(pool(tokens))[:, :, None, None].expand(-1, -1, *h.shape[2:])
+            same = self.concat(pool(tokens))[..., *[None] * (h.ndim - 2)]
+            same = same.expand(-1, -1, *h.shape[2:])
             h = torch.cat((h, same), dim=1)
         if self.coordinates:
             h = torch.cat((h, _places(h)), dim=1)
@@ -205,20 +219,10 @@ class UNet(Network):
                 h = stage(torch.cat((h, skips.pop()), dim=1), c, tokens)
             if k < len(self.upsample):
                 h = self.upsample[k](F.interpolate(h, scale_factor=2.0))
-        return F.pixel_shuffle(self.output(F.silu(self.norm(h))), self.patch)
-
-    def _check(self, x: Tensor) -> None:
-        fold = self.patch * 2 ** (len(self.widths) - 1)
-        if x.shape[-1] % fold or x.shape[-2] % fold:
-            raise ValueError(
-                f"A picture of {x.shape[-2]}×{x.shape[-1]} does not fold {len(self.widths)} "
-                f"stages deep: "
-                f"its sides must be multiples of {fold}; change the size, patch or the number "
-                f"of widths."
-            )
+        return unfold(self.output(F.silu(self.norm(h))), self.patch)
 
 
 def _places(h: Tensor) -> Tensor:
-    """The coordinates y and x of each place of a map, from -1 to 1, with shape (B, 2, H, W)."""
-    y, x = (torch.linspace(-1, 1, n, dtype=h.dtype, device=h.device) for n in h.shape[2:])
-    return torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(len(h), -1, -1, -1)
+    """The coordinates of each place of a map, from -1 to 1, with shape (B, dims, H, W)."""
+    sides = (torch.linspace(-1, 1, n, dtype=h.dtype, device=h.device) for n in h.shape[2:])
+    return torch.stack(torch.meshgrid(*sides, indexing="ij")).expand(len(h), *[-1] * (h.ndim - 1))

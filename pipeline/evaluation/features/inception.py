@@ -207,7 +207,7 @@ class InceptionV3(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.half = partial(max_pool2d, kernel_size=3, stride=2)
+        self.halve = partial(max_pool2d, kernel_size=3, stride=2)
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, inside=True)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
@@ -216,20 +216,20 @@ class InceptionV3(nn.Module):
         self.Mixed_5b = Mixed(192, branches_a(32))
         self.Mixed_5c = Mixed(256, branches_a(64))
         self.Mixed_5d = Mixed(288, branches_a(64))
-        self.Mixed_6a = Mixed(288, B, self.half)
+        self.Mixed_6a = Mixed(288, B, self.halve)
         self.Mixed_6b = Mixed(768, branches_c(128))
         self.Mixed_6c = Mixed(768, branches_c(160))
         self.Mixed_6d = Mixed(768, branches_c(160))
         self.Mixed_6e = Mixed(768, branches_c(192))
-        self.Mixed_7a = Mixed(768, D, self.half)
+        self.Mixed_7a = Mixed(768, D, self.halve)
         self.Mixed_7b = Mixed(1280, E)
         self.Mixed_7c = Mixed(2048, E, partial(max_pool2d, kernel_size=3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.half(x)))  # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.half(x))))  # (B, 288, 35, 35)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.halve(x)))  # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.halve(x))))  # (B, 288, 35, 35)
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
         return x.mean((2, 3))
