@@ -42,11 +42,13 @@ __all__ = [
     "Clean",
     "Denoiser",
     "Energy",
+    "Epsilon",
     "Extrapolated",
     "Flow",
     "FromScore",
     "Preconditioned",
     "ScoreDenoiser",
+    "V",
     "check_twice_differentiable",
 ]
 
@@ -271,7 +273,7 @@ class EDM(Preconditioned):
         c_\text{skip} = \frac{\sigma_d^2}{s^2 + \sigma_d^2}, \quad
         c_\text{out} = \frac{s \, \sigma_d}{\sqrt{s^2 + \sigma_d^2}}
 
-    With :math:`\sigma_d = 1` this is v-prediction up to a sign.
+    With :math:`\sigma_d = 1` this is `V` up to a sign.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
@@ -319,6 +321,57 @@ class Flow(Preconditioned):
     def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         share = 1 / (1 + s)
         return share, share, -s * share
+
+
+class Epsilon(Preconditioned):
+    r"""A network that gives the noise :math:`\epsilon = n`.
+
+    It sees :math:`x_t` as a variance-preserving schedule has it at noise ratio s, and
+    :math:`D = y - s \, \epsilon`:
+
+    .. math:: c_\text{in} = \frac{1}{\sqrt{1 + s^2}}, \quad c_\text{skip} = 1, \quad
+        c_\text{out} = -s
+
+    Its own weight is the paper's simple loss. At high noise an error of ε counts s times in D.
+
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), equations (11), (14)
+        | https://arxiv.org/abs/2006.11239
+
+    Arguments:
+        network: The network F(x, level, u), whose output has the shape of x.
+        schedule: The noise schedule.
+    """
+
+    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (1 + s**2) ** -0.5, torch.ones_like(s), -s
+
+
+class V(Preconditioned):
+    r"""A network that gives :math:`v = \alpha n - \sigma x`, the velocity on the circle.
+
+    It sees :math:`x_t = \alpha x + \sigma n` as a variance-preserving schedule has it at noise
+    ratio s, where :math:`\alpha = 1 / \sqrt{1 + s^2}` and :math:`\sigma = s \alpha`, and
+    :math:`D = \alpha x_t - \sigma v`:
+
+    .. math:: c_\text{in} = \frac{1}{\sqrt{1 + s^2}}, \quad c_\text{skip} = \frac{1}{1 + s^2},
+        \quad c_\text{out} = -\frac{s}{\sqrt{1 + s^2}}
+
+    That is `EDM` with :math:`\sigma_d = 1` and the other sign.
+
+    References:
+        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022),
+        |   section 4 and appendix D
+        | https://arxiv.org/abs/2202.00512
+
+    Arguments:
+        network: The network F(x, level, u), whose output has the shape of x.
+        schedule: The noise schedule.
+    """
+
+    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha = (1 + s**2) ** -0.5
+        return alpha, alpha**2, -s * alpha
 
 
 class Clean(EDM):

@@ -8,7 +8,7 @@ and its inverse in the one coordinate that does not depend on the schedule, the 
 
 The lecture's equation (7) is a random walk :math:`x_k = \sqrt{1 - \beta_k} \, x_{k-1} +
 \sqrt{\beta_k} \, n`, whose composition has :math:`\alpha_k^2 = \prod_{j \leq k} (1 - \beta_j)` and
-:math:`\sigma_k^2 = 1 - \alpha_k^2`; `VP` is its limit of many small steps.
+:math:`\sigma_k^2 = 1 - \alpha_k^2`: `DiscreteVP`. `VP` is its limit of many small steps.
 
 Every schedule is clipped so that :math:`\sigma_0 > 0` and :math:`\alpha_1 > 0`: a score exists at
 every time.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.building import Part
 
-__all__ = ["VE", "VP", "Cosine", "Rectified", "Schedule", "expand_as_batch"]
+__all__ = ["VE", "VP", "Cosine", "DiscreteVP", "Rectified", "Schedule", "expand_as_batch"]
 
 
 def expand_as_batch(scale: Tensor, x: Tensor) -> Tensor:
@@ -108,6 +108,47 @@ class VP(Schedule):
         # integral is small
         r = 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 4 * slope * integral))
         return ((r - self.clip) / (1 - self.clip)).clamp(0, 1)
+
+
+class DiscreteVP(Schedule):
+    r"""The variance-preserving schedule of K steps: the lecture's equation (7) itself.
+
+    .. math:: x_k = \sqrt{1 - \beta_k} \, x_{k-1} + \sqrt{\beta_k} \, n, \quad
+        \alpha_k^2 = \prod_{j \leq k} (1 - \beta_j), \quad \sigma_k^2 = 1 - \alpha_k^2, \quad
+        \beta_k = \beta_{\min} + (\beta_{\max} - \beta_{\min}) \tfrac{k - 1}{K - 1}
+
+    t = 0 is :math:`x_1` and t = 1 is :math:`x_K`. Between two k the logarithm of α is a straight
+    line, as if the step were walked at a constant rate.
+
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), equations (2), (4), section 4
+        | https://arxiv.org/abs/2006.11239
+
+    Arguments:
+        steps: The number K of steps, at least 2.
+        beta_min: The variance :math:`\beta_1 > 0` of the first step.
+        beta_max: The variance of the last, :math:`\beta_{\min} < \beta_K < 1`.
+    """
+
+    def __init__(self, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> None:
+        _interval(beta_min, beta_max, "beta_min, beta_max")
+        _interval(beta_max, 1.0, "beta_max, 1")
+        _interval(1, steps, "1, steps")
+        self.steps, self.beta_min, self.beta_max = steps, beta_min, beta_max
+        beta = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
+        self._integral = -torch.log1p(-beta).cumsum(0)  # −log α_k², k = 1, …, K
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        known, k = self._integral.to(t), (self.steps - 1) * t
+        below = k.long().clamp(0, self.steps - 2)
+        integral = torch.lerp(known[below], known[below + 1], k - below)
+        return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
+
+    def time(self, ratio: Tensor) -> Tensor:
+        known, integral = self._integral.to(ratio), torch.log1p(ratio**2)
+        below = torch.searchsorted(known, integral.contiguous()).clamp(1, self.steps - 1) - 1
+        share = (integral - known[below]) / (known[below + 1] - known[below])
+        return ((below + share) / (self.steps - 1)).clamp(0, 1)
 
 
 class Cosine(Schedule):

@@ -1,7 +1,6 @@
 """Denoisers: conditional means of exact laws, and the preconditionings against their papers."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,13 +9,23 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from pipeline.condition import Condition, U
-from pipeline.denoisers import EDM, Clean, Denoiser, Flow, Preconditioned, ScoreDenoiser
+from pipeline.denoisers import (
+    EDM,
+    Clean,
+    Denoiser,
+    Epsilon,
+    Flow,
+    Preconditioned,
+    ScoreDenoiser,
+    V,
+)
 from pipeline.mcmc.targets import GaussianMixture, Target
 from pipeline.networks import MLP, Network
 from pipeline.noise import Noise
-from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
+from pipeline.schedules import VE, VP, Cosine, DiscreteVP, Rectified, Schedule
 
-SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
+SCHEDULES = [VP(), Cosine(), VE(), Rectified(), DiscreteVP()]
+OUTPUTS = [EDM, Flow, Clean, Epsilon, V]
 TIMES = [0.0, 0.1, 0.5, 0.9, 1.0]
 EPS = torch.finfo(torch.float64).eps
 
@@ -157,6 +166,69 @@ def clean(schedule: Schedule, sigma_data: float = 0.5) -> Clean:
     return Clean(Recorder(), schedule, sigma_data)
 
 
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("schedule", [VP(), Cosine(), DiscreteVP()], ids=named)
+def test_epsilon_and_v_are_their_papers_(schedule: Schedule, t: float) -> None:
+    """Under a variance-preserving schedule the network sees x_t itself, and x = (x_t − σ ε) / α
+    (Ho et al.) or α x_t − σ v (Salimans & Ho).
+    """
+    x_t = Noise("outputs").normal(torch.zeros(6, 3, 2, 2, dtype=torch.float64))
+    alpha, sigma = schedule(f64(t))
+    for family in (Epsilon, V):
+        denoiser = family(Recorder(), schedule)
+        d, f = denoiser(x_t, f64(t)), denoiser.network.output
+        assert torch.allclose(denoiser.network.x, x_t, rtol=1e-9)
+        expected = (x_t - sigma * f) / alpha if family is Epsilon else alpha * x_t - sigma * f
+        assert torch.allclose(d, expected, rtol=1e-9, atol=1e-9)  # s² ≤ 1e6 times eps
+
+
+def test_epsilon_and_v_of_the_true_noise_are_the_data(mixture: GaussianMixture) -> None:
+    class Known(Network):
+        def __init__(self, answer: Tensor) -> None:
+            super().__init__()
+            self.answer = answer
+
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+            return self.answer
+
+    t = torch.linspace(0, 1, 64, dtype=torch.float64)
+    for schedule in SCHEDULES:
+        x_0, _, x_t, n = noisy(mixture, schedule, t)
+        s = schedule.ratio(t)[:, None]
+        alpha = (1 + s**2) ** -0.5  # of the variance-preserving schedule at this ratio
+        for family, answer in ((Epsilon, n), (V, alpha * n - s * alpha * x_0)):
+            # y = x + s n is 1e3 at most: eps times that
+            assert (family(Known(answer), schedule)(x_t, t) - x_0).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
+@pytest.mark.parametrize("family", OUTPUTS)
+def test_one_network_gives_one_d_by_every_output(
+    family: type[Preconditioned], schedule: Schedule
+) -> None:
+    """EDM's network, wrapped to answer what another output asks for, is the same D at every
+    level.
+    """
+    edm_ = edm(schedule)
+    other = family(nn.Identity(), schedule)
+
+    class Wrapped(Network):
+        def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
+            s = level.exp()
+            (a, b, c), (c_in, c_skip, c_out) = (
+                [v[:, None] for v in one.scales(s)] for one in (other, edm_)
+            )
+            y = x / a
+            return (c_skip * y + c_out * edm_.network(c_in * y, level, u) - b * y) / c
+
+    other.network = Wrapped()
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    x_t = Noise("agree").normal(torch.zeros(101, 2, dtype=torch.float64))
+    u = one_hot(torch.arange(101) % 3, 3)
+    # y = x_t / α reaches 1e3, and D is a difference of its multiples: eps times that
+    assert torch.allclose(other(x_t, t, u), edm_(x_t, t, u), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 @pytest.mark.parametrize("t", TIMES)
 def test_clean_is_the_network_s_output(schedule: Schedule, t: float) -> None:
@@ -228,6 +300,11 @@ def test_edm_with_unit_data_is_v_prediction(schedule: Schedule, t: float) -> Non
     assert torch.allclose(denoiser.network.x, x_t, rtol=1e-9)  # it sees x_t itself
     v = -denoiser.network.output
     assert torch.allclose(d, alpha * x_t - sigma * v, rtol=1e-9, atol=1e-9)  # s² ≤ 1e6 times eps
+    unit, other = (
+        one.scales(schedule.ratio(f64(t))) for one in (denoiser, V(Recorder(), schedule))
+    )
+    for c, k in zip(unit, (*other[:2], -other[2]), strict=True):
+        assert c.item() == pytest.approx(k.item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
@@ -256,13 +333,16 @@ def test_flow_of_the_true_velocity_is_the_data(mixture: GaussianMixture) -> None
         assert (d - x_0).abs().max() < 1e-12  # float64 rounding of numbers near 1
 
 
-@pytest.mark.parametrize("make", [edm, flow, clean], ids=["EDM", "Flow", "Clean"])
+@pytest.mark.parametrize("family", OUTPUTS)
 @pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=named)
 def test_rescheduling_leaves_d_unchanged(
-    make: Callable[[Schedule], Preconditioned], schedule: Schedule, mixture: GaussianMixture
+    family: type[Preconditioned], schedule: Schedule, mixture: GaussianMixture
 ) -> None:
+    def make(schedule: Schedule) -> Preconditioned:
+        return family(Recorder(), schedule)
+
     reference = VP()
-    t = torch.linspace(0.1, 0.9, 16, dtype=torch.float64)  # ratios that all four schedules reach
+    t = torch.linspace(0.1, 0.9, 16, dtype=torch.float64)  # ratios that all schedules reach
     s = schedule.time(reference.ratio(t))
     assert 0 < s.min() and s.max() < 1
     _, k, x_t, _ = noisy(mixture, reference, t, 16)
@@ -280,7 +360,7 @@ def test_weight_puts_the_error_in_units_of_the_network(schedule: Schedule) -> No
     """w |D − x|² = |F − F*|², where F* is the output that gives D = x."""
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
     x_t = Noise("w").normal(torch.zeros(9, 2, dtype=torch.float64))
-    for denoiser in (edm(schedule), flow(schedule), clean(schedule)):
+    for denoiser in (family(Recorder(), schedule) for family in OUTPUTS):
         d = denoiser(x_t, t)
         f = denoiser.network.output
 
@@ -294,12 +374,13 @@ def test_weight_puts_the_error_in_units_of_the_network(schedule: Schedule) -> No
         assert torch.allclose(denoiser.weight(t) * moved, torch.ones_like(t), rtol=1e-8)
     assert torch.allclose(edm(schedule).weight(t), 4 + schedule.ratio(t) ** -2, rtol=1e-9)
     assert torch.allclose(flow(schedule).weight(t), (1 + 1 / schedule.ratio(t)) ** 2, rtol=1e-9)
+    snr = schedule.ratio(t) ** -2  # ε's own weight, and v's: SNR + 1 (Salimans & Ho, section 4)
+    assert torch.allclose(Epsilon(Recorder(), schedule).weight(t), snr, rtol=1e-9)
+    assert torch.allclose(V(Recorder(), schedule).weight(t), snr + 1, rtol=1e-9)
 
 
-@pytest.mark.parametrize("family", [EDM, Flow, Clean])
-def test_a_low_precision_network_leaves_the_sum_in_float32(
-    family: type[EDM] | type[Flow] | type[Clean],
-) -> None:
+@pytest.mark.parametrize("family", OUTPUTS)
+def test_a_low_precision_network_leaves_the_sum_in_float32(family: type[Preconditioned]) -> None:
     torch.manual_seed(0)
     seen = []
     network = MLP(2, width=16, depth=1)
@@ -328,7 +409,7 @@ def test_float32_and_float64_agree() -> None:
     t = torch.linspace(0, 1, 64)
     x_t = Noise("f32").normal(torch.zeros(64, 2))
     for schedule in SCHEDULES:
-        for denoiser in (edm(schedule), flow(schedule), clean(schedule)):
+        for denoiser in (family(Recorder(), schedule) for family in OUTPUTS):
             low, exact = denoiser(x_t, t), denoiser(x_t.double(), t.double())
             # Cosine knows α_1 = 1e-3 to 1e-4 in float32, and D is its multiple; else 30 eps
             tolerance = 1e-3 if isinstance(schedule, Cosine) else 5e-5

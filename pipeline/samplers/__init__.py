@@ -1,3 +1,4 @@
+from pipeline.samplers.adaptive import *
 from pipeline.samplers.base import *
 from pipeline.samplers.diffusion import *
 from pipeline.samplers.langevin import *

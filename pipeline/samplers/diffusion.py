@@ -1,5 +1,9 @@
 """Samplers that follow the reverse of a diffusion."""
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,10 +11,13 @@ from pipeline.condition import U
 from pipeline.denoisers import Denoiser
 from pipeline.noise import Noise
 from pipeline.samplers.base import Sampler, State
+from pipeline.schedules import Schedule
 
-__all__ = ["DDIM", "DPMSolver", "Heun"]
+__all__ = ["DDIM", "DPMSolver", "Heun", "UniPC"]
 
-LONG = 10.0  # the ratio r_t / r_s above which a step is Euler's; 18 times have at most 8.9
+LONG = 10.0  # the ratio r_t / r_s above which a step is DDIM's; 18 times have at most 8.9
+# Gauss's rule on [-1, 1]; exact to 1e-11 for polynomials times e^(τ h / 2), h up to 11
+NODES, SHARES = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
 
 
 class DDIM(Sampler):
@@ -38,9 +45,7 @@ class DDIM(Sampler):
 
     def __init__(self, steps: int = 50, eta: float = 0.0, rho: float = 7.0) -> None:
         super().__init__(steps, rho)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta = {eta} must lie between 0 (deterministic) and 1 (DDPM).")
-        self.eta = eta
+        self.eta = stochasticity(eta)
 
     @property
     def evaluations(self) -> int:
@@ -76,18 +81,43 @@ class Heun(Sampler):
     falls to 0 at :math:`r_s` says nothing of most of a long step. The times of the default have
     no such step; two or three would end a hundred times too wide.
 
+    With churn S each step first goes back to more noise, by fresh noise, and starts from there:
+
+    .. math:: \hat r_t = (1 + \gamma) \, r_t, \quad \gamma = \min(S / N, \sqrt 2 - 1), \quad
+        \hat y = y_t + k \sqrt{\hat r_t^2 - r_t^2} \, n
+
+    never to more than the schedule's last ratio. With k = 1 that keeps the law: its order is 2.
+
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-        |   algorithm 1
+        |   algorithms 1, 2
         | https://arxiv.org/abs/2206.00364
 
     Arguments:
         steps: The number of times N; 2 N − 1 evaluations.
         rho: The exponent of the grid; see `Sampler`.
+        churn: The paper's :math:`S_\text{churn} \geq 0`; 0 is the probability-flow equation.
+        interval: The least and the greatest noise ratio at which noise is added, the paper's
+            :math:`S_\min` and :math:`S_\max`; `None` for all.
+        inflate: The scale k > 0 of the fresh noise, the paper's :math:`S_\text{noise}`.
     """
 
-    def __init__(self, steps: int = 18, rho: float = 7.0) -> None:
+    def __init__(
+        self,
+        steps: int = 18,
+        rho: float = 7.0,
+        churn: float = 0.0,
+        interval: Sequence[float] | None = None,
+        inflate: float = 1.0,
+    ) -> None:
         super().__init__(steps, rho)
+        ends = tuple(interval or (0.0, math.inf))
+        if not (churn >= 0 and inflate > 0 and len(ends) == 2 and 0 <= ends[0] < ends[1]):
+            raise ValueError(
+                f"churn = {churn} must be at least 0, inflate = {inflate} positive, and interval ="
+                f" {interval} the least and the greatest noise ratio, 0 ≤ least < greatest."
+            )
+        self.churn, self.interval, self.inflate = churn, ends, inflate
 
     @property
     def evaluations(self) -> int:
@@ -96,14 +126,28 @@ class Heun(Sampler):
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
+        x_t = state.x
+        if self.churn:
+            x_t, t = self._churned(denoiser.schedule, x_t, t, noise)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
         r_t, r_s = sigma_t / alpha_t, sigma_s / alpha_s
-        y = state.x / alpha_t
-        slope = (y - denoiser(state.x, t, u)) / r_t
+        y = x_t / alpha_t
+        slope = (y - denoiser(x_t, t, u)) / r_t
         ahead = y + (r_s - r_t) * slope
         slope_ahead = (ahead - denoiser(alpha_s * ahead, s, u)) / r_s
         slope_ahead = torch.where(r_t > LONG * r_s, slope, slope_ahead)
         return State(alpha_s * (y + (r_s - r_t) / 2 * (slope + slope_ahead)))
+
+    def _churned(
+        self, schedule: Schedule, x_t: Tensor, t: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """x with more noise, and the time at which there is as much."""
+        r_t, (least, greatest) = schedule.ratio(t), self.interval
+        more = schedule.time(r_t * (1 + min(self.churn / self.steps, math.sqrt(2) - 1)))
+        more = torch.where((least <= r_t) & (r_t <= greatest), more, t)
+        fresh = (schedule.ratio(more) ** 2 - r_t**2).clamp(min=0).sqrt()
+        y = x_t / schedule(t)[0] + self.inflate * fresh * noise.normal(x_t)
+        return schedule(more)[0] * y, more
 
 
 class DPMSolver(Sampler):
@@ -118,20 +162,31 @@ class DPMSolver(Sampler):
         + \tfrac{h}{2 h'} (D_t - D_{t'}) \Big), \quad h = \log \tfrac{r_t}{r_s}, \quad
         h' = \log \tfrac{r_{t'}}{r_t}
 
-    where :math:`t' > t` is the time before. The first step has none, and is DDIM's.
+    where :math:`t' > t` is the time before. The first step has none, and is DDIM's; so is one with
+    :math:`r_t > 10 \, r_s`, for at low noise D settles, and a line leads past it.
+
+    With η the equation is the stochastic one of the same marginals, its noise solved exactly too:
+
+    .. math:: y_s = e^{-(1 + \eta^2) h} \, y_t + \big(1 - e^{-(1 + \eta^2) h}\big) \Big( D_t
+        + \tfrac{h}{2 h'} (D_t - D_{t'}) \Big) + r_s \sqrt{1 - e^{-2 \eta^2 h}} \, n
+
+    η = 1 is the paper's SDE-DPM-Solver++(2M), whose first step is DDPM's. On Gaussian data the
+    order of its variance is 2.
 
     References:
         | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et
-        |   al., 2022), algorithm 2
+        |   al., 2022), algorithm 2 and section 5
         | https://arxiv.org/abs/2211.01095
 
     Arguments:
         steps: The number of times, which is the number of evaluations.
         rho: The exponent of the grid; see `Sampler`.
+        eta: The stochasticity η in [0, 1]; that of `DDIM` where steps are small.
     """
 
-    def __init__(self, steps: int = 25, rho: float = 7.0) -> None:
+    def __init__(self, steps: int = 25, rho: float = 7.0, eta: float = 0.0) -> None:
         super().__init__(steps, rho)
+        self.eta = stochasticity(eta)
 
     @property
     def evaluations(self) -> int:
@@ -148,5 +203,83 @@ class DPMSolver(Sampler):
         if state.memory is not None:
             d_before, h_before = state.memory
             ahead = d + h / (2 * h_before) * (d - d_before)
-        y = torch.lerp(ahead, state.x / alpha_t, shrink)
-        return State(alpha_s * y, (d, h))
+            ahead = torch.where(shrink * LONG < 1, d, ahead)
+        keep = shrink**self.eta**2
+        x_s = alpha_s * torch.lerp(ahead, state.x / alpha_t, shrink * keep)
+        if self.eta:
+            x_s = x_s + sigma_s * torch.sqrt(1 - keep**2) * noise.normal(x_s)
+        return State(x_s, (d, h))
+
+
+class UniPC(Sampler):
+    r"""UniPC, a multistep predictor–corrector on the probability-flow equation, of order p + 1.
+
+    In :math:`\lambda = -\log r` and :math:`y = x_t / \alpha_t`, with a polynomial P in λ in
+    place of D,
+
+    .. math:: y_s = e^{-h} \, y_t + \int_0^h e^{-(h - \tau)} \, P(\lambda_t + \tau) \, d\tau,
+        \quad h = \lambda_s - \lambda_t
+
+    The predictor's P goes through the last p values of D. At the point it leads to D is evaluated,
+    once: that value corrects the step that led there, whose P now goes through p + 1 values, and
+    begins the next. The first steps have fewer values, the last is not corrected, and one with
+    :math:`r_t > 10 \, r_s` is `DDIM`'s. Through two values P is held at its value in the middle
+    of the step, the paper's :math:`\tfrac12` with :math:`B_2(h)`; through more the paper's system
+    is solved exactly, and B leaves no trace.
+
+    References:
+        | UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models
+        |   (Zhao et al., 2023), algorithms 5 to 8
+        | https://arxiv.org/abs/2302.04867
+
+    Arguments:
+        steps: The number of times, which is the number of evaluations.
+        order: The number p ≥ 1 of values that the predictor goes through.
+        rho: The exponent of the grid; see `Sampler`.
+    """
+
+    def __init__(self, steps: int = 16, order: int = 2, rho: float = 7.0) -> None:
+        super().__init__(steps, rho)
+        if order < 1:
+            raise ValueError(f"order = {order} must be at least 1.")
+        self.order = order
+
+    @property
+    def evaluations(self) -> int:
+        return self.steps
+
+    def step(
+        self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
+    ) -> State:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
+        here, there = torch.log(alpha_t / sigma_t), torch.log(alpha_s / sigma_s)
+        y, values = state.x / alpha_t, [(here, denoiser(state.x, t, u))]
+        if state.memory is not None:
+            y_before, before = state.memory
+            values += before
+            y = integrated(y_before, before[0][0], here, values)
+        values = values[: self.order]
+        return State(alpha_s * integrated(y, here, there, values), (y, values))
+
+
+def integrated(
+    y: Tensor, here: Tensor, there: Tensor, values: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """y brought from one λ to another by the polynomial through the values (λ, D)."""
+    h, tau = there - here, (1 + NODES.to(y)) / 2
+    kernel = SHARES.to(y) / 2 * h * torch.exp((tau - 1) * h)
+    if len(values) == 2:
+        tau, kernel = tau.new_full((1,), 0.5), -torch.expm1(-h[None])
+    tau = torch.where(h > math.log(LONG), 0, tau)  # D where the step begins
+    y = torch.exp(-h) * y
+    for place, d in values:
+        others = [other for other, _ in values if other is not place]
+        basis = [(here + tau * h - other) / (place - other) for other in others]
+        y = y + math.prod(basis, start=kernel).sum() * d
+    return y
+
+
+def stochasticity(eta: float) -> float:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta = {eta} must lie between 0 (deterministic) and 1 (DDPM).")
+    return eta
