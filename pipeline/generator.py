@@ -144,7 +144,8 @@ class Generator:
         if self.conditioning is not None and self.guidance is not None:
             no = self.guidance.negative
             null = self.conditioning.null() if no is None else self.conditioning.embed([no])
-            denoiser = self.guidance(denoiser, null.to(self.device))
+            others = [self.conditioning.embed([one]) for one in self.guidance.others]
+            denoiser = self.guidance(denoiser, Condition.stack([null, *others]).to(self.device))
         elif self.guidance is not None and not self.guidance.needs_condition:
             denoiser = self.guidance(denoiser, None)
         training = self.denoiser.training

@@ -33,6 +33,7 @@ class Guidance(Part, ABC):
         needs_condition: Whether an unconditional model has nothing of it.
         negative: What stands in place of the null condition, a prompt or a class name; `None`
             for nothing.
+        others: Further prompts, whose conditions follow the null condition when it is called.
 
     Raises:
         ValueError: The interval is not two numbers, 0 ≤ least < greatest.
@@ -45,6 +46,7 @@ class Guidance(Part, ABC):
 
     needs_condition = True
     negative: str | None = None
+    others: tuple[str, ...] = ()
 
     def __init__(self, scale: float, interval: Sequence[float] | None = None) -> None:
         if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1]):
@@ -61,7 +63,7 @@ class Guidance(Part, ABC):
 
         Arguments:
             denoiser: A conditional denoiser.
-            u_null: The null condition, of one row.
+            u_null: The null condition, of one row, and a row for each of `others`.
 
         Raises:
             ValueError: The guidance needs a null condition and there is none, or its own denoiser

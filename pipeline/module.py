@@ -261,11 +261,13 @@ class ScoreModule(pl.LightningModule):
         if self.begun:
             self.check_finite()
         checkpoint["skipped"] = self.skipped.tolist()
+        checkpoint["objective"] = self.objective.state()
         if self.description:
             checkpoint["pipeline"] = self.description
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = torch.tensor(checkpoint.get("skipped", [0, 0]))
+        self.objective.load(checkpoint.get("objective", {}))
 
 
 def length(tensors: Iterable[Tensor]) -> Tensor:

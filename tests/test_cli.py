@@ -350,6 +350,44 @@ def test_a_weaker_model_guides(
     assert "denoiser is null; expected Denoiser" in sentence(missing, capsys)
 
 
+def test_prompts_are_composed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = ["--guidance", str(ROOT / "conf/guidance/composed.yaml"), "--number", "1", PROMPT]
+    also = ["--guidance.also", "[a blue square, a green circle]"]
+    manifest = draw(run, tmp_path / "a", *conf, *also, "--scale", "2")
+    assert manifest["guidance"]["also"] == ["a blue square", "a green circle"]
+    # of nothing but the prompt it is classifier-free guidance
+    draw(run, tmp_path / "b", *conf, "--scale", "2")
+    plain = ["--guidance", str(ROOT / "conf/guidance/classifier_free.yaml")]
+    draw(run, tmp_path / "c", *plain, "--scale", "2", "--number", "1", PROMPT)
+    one, two, three = (pixels(tmp_path / name, 0) for name in "abc")
+    assert one != two
+    assert max(abs(a - b) for a, b in zip(two, three, strict=True)) <= 1  # rounding of the sum
+    refused = ["generate", "--checkpoint", str(run), *conf, "--guidance.either", "[a blue square]"]
+    assert "a score and no density" in sentence([*refused, "--out", str(tmp_path / "d")], capsys)
+
+
+def test_a_picture_is_completed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is known of it is drawn as it is, with a prompt and guidance for the rest."""
+    known = Image.effect_noise((32, 32), 80).convert("RGB")
+    known.putalpha(Image.linear_gradient("L").resize((32, 32)).point(lambda k: 255 * (k > 127)))
+    known.save(tmp_path / "known.png")
+    conf = ["--guidance", str(ROOT / "conf/guidance/inpaint.yaml"), "--number", "2", PROMPT]
+    given = ["--guidance.known", str(tmp_path / "known.png")]
+    manifest = draw(run, tmp_path / "a", *conf, *given, "--scale", "2")
+    assert manifest["guidance"]["class"] == "MomentMatching"
+    drawn = [Image.open(tmp_path / "a" / f"{k:05d}.png") for k in range(2)]
+    lower = [one.crop((0, 17, 32, 32)).tobytes() for one in (known.convert("RGB"), *drawn)]
+    assert lower[0] == lower[1] == lower[2]
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+    known.resize((12, 12)).save(tmp_path / "known.png")
+    refused = ["generate", "--checkpoint", str(run), "--out", str(tmp_path / "b"), *conf, *given]
+    assert "smaller by a whole factor" in sentence(refused, capsys)
+
+
 def test_the_whole_configuration_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     experiment = ["fit", "-c", str(ROOT / "conf/experiment/shapes.yaml"), "--model.warmup", "7"]
     assert main([*experiment, "--print_config"]) == 0

@@ -62,6 +62,8 @@ def test_group_builds(file: Path, tmp_path: Path, mixture: mcmc.GaussianMixture)
     config.fill("part", DATA)
     if file.stem == "autoguidance":
         config.set("part.denoiser", ScoreDenoiser(mixture, schedules.VP()))
+    if file.stem == "inpaint":
+        config.set("part.known", [0.5, None])  # a person's own
     assert isinstance(make(config.resolve("part", kind)), kind)
 
 

@@ -10,8 +10,9 @@ from tiny import ROOT
 # a room imports rooms to its left only
 ROOMS = (
     "errors files averaging distributed building schedules noise optimizers condition networks "
-    "mcmc conditioning png codec latents denoisers guidance objectives samplers checkpoint "
-    "generator data tracking evaluation engines module callbacks experiment doors cli __main__"
+    "mcmc conditioning png codec latents denoisers guidance composition objectives samplers "
+    "checkpoint generator data tracking evaluation engines module callbacks experiment doors cli "
+    "__main__"
 ).split()
 FILES = sorted(path for path in (ROOT / "pipeline").rglob("*.py") if path.parent.name)
 

@@ -149,10 +149,9 @@ class Pictures(DataModule):
     def setup(self, stage: str | None = None) -> None:
         """And keeps the latents of all pictures, where they are learned."""
         super().setup(stage)
-        codec = self.codec
-        for split in self.splits if isinstance(codec, Latents) else ():
-            if split not in self._latents:
-                self._latents[split] = self.latents(split, codec)
+        if isinstance(self.codec, Latents):
+            for split in self.splits:
+                self._latents.setdefault(split, self.latents(split, self.codec))
 
     def latents(self, split: str, codec: Latents) -> np.ndarray:
         pictures: Any = self.rows(split).x

@@ -32,7 +32,7 @@ def said(x: Tensor) -> str:
     return f"[{values}, …]" if x.numel() > 8 else f"[{values}]"
 
 
-class NoDensity(ValueError):
+class NoDensity(UserError):
     """A density was asked of a target that has a score only."""
 
 

@@ -1,6 +1,7 @@
 """What every objective is: a number for each example."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ class Objective(ABC):
         """The loss of each example and the index of its band, each with shape (B,)."""
         loss = self(denoiser, x, u, noise)
         return loss, torch.zeros_like(loss, dtype=torch.long)
+
+    def state(self) -> dict[str, Any]:
+        """What it keeps from step to step; every process has to call it."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Go on from what `state` gave."""
 
 
 def clean(denoiser: Preconditioned, x: Tensor) -> tuple[Tensor, Tensor]:
