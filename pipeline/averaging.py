@@ -14,9 +14,7 @@ span enough functions p that another one is a linear combination of them nearly:
 those of the least squares between the functions.
 
 References:
-    | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024),
-    |   section 3 and appendix C
-    | https://arxiv.org/abs/2312.02696
+    | Karras et al., 2024, section 3 and appendix C; https://arxiv.org/abs/2312.02696
 """
 
 from collections.abc import Mapping, Sequence

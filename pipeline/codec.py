@@ -133,8 +133,7 @@ class Pixels(Codec):
         about the 256 values.
 
         References:
-            | A note on the evaluation of generative models (Theis et al., 2016), section 3.1
-            | https://arxiv.org/abs/1511.01844
+            | Theis et al., 2016, section 3.1; https://arxiv.org/abs/1511.01844
 
         Arguments:
             log_prob: The log-likelihood in nats, with shape (B,).

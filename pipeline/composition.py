@@ -39,9 +39,7 @@ class Composed(Guidance):
     grows.
 
     References:
-        | Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models and
-        |   MCMC (Du et al., 2023), section 4
-        | https://arxiv.org/abs/2302.11552
+        | Du et al., 2023, section 4; https://arxiv.org/abs/2302.11552
 
     Arguments:
         also: Prompts that hold beside the one that is drawn: AND.
@@ -104,9 +102,7 @@ class MomentMatching(ClassifierFree):
     with the derivative of D, and one more at the end. Without noise :math:`A D_y = y` is kept.
 
     References:
-        | Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al.,
-        |   2024), section 4
-        | https://arxiv.org/abs/2405.13712
+        | Rozet et al., 2024, section 4; https://arxiv.org/abs/2405.13712
 
     Arguments:
         known: A picture file whose transparent pixels are not known; one that is smaller than what

@@ -134,8 +134,7 @@ class Extrapolated(Target):
     The log-density is the same combination, where the denoiser has one.
 
     References:
-        | The Deferred Approach to the Limit (Richardson & Gaunt, 1927)
-        | https://doi.org/10.1098/rsta.1927.0008
+        | Richardson & Gaunt, 1927; https://doi.org/10.1098/rsta.1927.0008
 
     Arguments:
         denoiser: The denoiser, guided or not.
@@ -276,9 +275,7 @@ class EDM(Preconditioned):
     With :math:`\sigma_d = 1` this is `V` up to a sign.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-        |   table 1
-        | https://arxiv.org/abs/2206.00364
+        | Karras et al., 2022, table 1; https://arxiv.org/abs/2206.00364
 
     Arguments:
         network: The network F(x, level, u), whose output has the shape of x.
@@ -310,8 +307,7 @@ class Flow(Preconditioned):
     .. math:: c_\text{in} = c_\text{skip} = \frac{1}{1 + s}, \quad c_\text{out} = -\frac{s}{1 + s}
 
     References:
-        | Flow Matching for Generative Modeling (Lipman et al., 2023)
-        | https://arxiv.org/abs/2210.02747
+        | Lipman et al., 2023; https://arxiv.org/abs/2210.02747
 
     Arguments:
         network: The network F(x, level, u), whose output has the shape of x.
@@ -335,8 +331,7 @@ class Epsilon(Preconditioned):
     Its own weight is the paper's simple loss. At high noise an error of ε counts s times in D.
 
     References:
-        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), equations (11), (14)
-        | https://arxiv.org/abs/2006.11239
+        | Ho et al., 2020, equations (11), (14); https://arxiv.org/abs/2006.11239
 
     Arguments:
         network: The network F(x, level, u), whose output has the shape of x.
@@ -360,9 +355,7 @@ class V(Preconditioned):
     That is `EDM` with :math:`\sigma_d = 1` and the other sign.
 
     References:
-        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022),
-        |   section 4 and appendix D
-        | https://arxiv.org/abs/2202.00512
+        | Salimans & Ho, 2022, section 4 and appendix D; https://arxiv.org/abs/2202.00512
 
     Arguments:
         network: The network F(x, level, u), whose output has the shape of x.
@@ -386,8 +379,7 @@ class Clean(EDM):
     width. Train it with the weight of the velocity (`objectives.Velocity`).
 
     References:
-        | Back to Basics: Let Denoising Generative Models Denoise (Li & He, 2025)
-        | https://arxiv.org/abs/2511.13720
+        | Li & He, 2025; https://arxiv.org/abs/2511.13720
 
     Arguments:
         network: The network F(x, level, u), whose output has the shape of x.
@@ -422,11 +414,8 @@ class Energy(FromScore, EDM):
     where the density is used: it is multiplied by :math:`\sigma_d / s`.
 
     References:
-        | Should EBMs Model the Energy or the Score? (Salimans & Ho, 2021)
-        | https://openreview.net/forum?id=9AS-TF2jRNb
-        | Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models and
-        |   MCMC (Du et al., 2023)
-        | https://arxiv.org/abs/2302.11552
+        | Salimans & Ho, 2021; https://openreview.net/forum?id=9AS-TF2jRNb
+        | Du et al., 2023; https://arxiv.org/abs/2302.11552
 
     Arguments:
         network: The network f(x, level, u), whose output has the shape of x.

@@ -30,8 +30,7 @@ class FSDP(ModelParallelStrategy):
     first process.
 
     References:
-        | PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (Zhao et al., 2023)
-        | https://arxiv.org/abs/2304.11277
+        | Zhao et al., 2023; https://arxiv.org/abs/2304.11277
     """
 
     def __init__(self) -> None:

@@ -39,9 +39,7 @@ class Guidance(Part, ABC):
         ValueError: The interval is not two numbers, 0 ≤ least < greatest.
 
     References:
-        | Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-        |   Diffusion Models (Kynkäänniemi et al., 2024)
-        | https://arxiv.org/abs/2404.07724
+        | Kynkäänniemi et al., 2024; https://arxiv.org/abs/2404.07724
     """
 
     needs_condition = True
@@ -121,9 +119,7 @@ class ByPart(ClassifierFree):
     other arguments are those of `ClassifierFree`.
 
     References:
-        | InstructPix2Pix: Learning to Follow Image Editing Instructions (Brooks et al., 2023),
-        |   equation (3)
-        | https://arxiv.org/abs/2211.09800
+        | Brooks et al., 2023, equation (3); https://arxiv.org/abs/2211.09800
 
     Arguments:
         scale: The scale w of the tokens.
@@ -155,9 +151,7 @@ class Autoguidance(Guidance):
     the denoiser itself, w = 0 the weaker one. It needs no condition.
 
     References:
-        | Guiding a Diffusion Model with a Bad Version of Itself (Karras et al., 2024), equation
-        |   (3)
-        | https://arxiv.org/abs/2406.02507
+        | Karras et al., 2024, equation (3); https://arxiv.org/abs/2406.02507
 
     Arguments:
         denoiser: The weaker denoiser D', with the schedule of D; in YAML, its checkpoint.

@@ -28,8 +28,7 @@ class Latents(Pixels):
     decoder G, and the scale a and the shift m that its configuration names.
 
     References:
-        | High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022)
-        | https://arxiv.org/abs/2112.10752
+        | Rombach et al., 2022; https://arxiv.org/abs/2112.10752
 
     Arguments:
         name: The autoencoder: a folder, or a name on the Hugging Face hub.

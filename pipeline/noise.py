@@ -34,8 +34,7 @@ def hashed(i: np.ndarray, seed: int) -> np.ndarray:
     """Numbers uniform in [0, 2⁶⁴), uint64, each a function of the seed and of one number i ≥ 0.
 
     References:
-        | Fast Splittable Pseudorandom Number Generators (Steele et al., 2014): SplitMix64
-        | https://doi.org/10.1145/2660193.2660195
+        | Steele et al., 2014: SplitMix64; https://doi.org/10.1145/2660193.2660195
     """
     z = (i.astype(np.uint64) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -52,8 +51,7 @@ def permuted(i: np.ndarray, n: int, *key: int | str) -> np.ndarray:
     goes round again until it is back, as fewer than :math:`\sqrt n` of all do.
 
     References:
-        | Ciphers with Arbitrary Finite Domains (Black & Rogaway, 2002), section 5
-        | https://doi.org/10.1007/3-540-45760-7_9
+        | Black & Rogaway, 2002, section 5; https://doi.org/10.1007/3-540-45760-7_9
 
     Arguments:
         i: Numbers in 0 … n − 1, of any shape.
@@ -144,8 +142,7 @@ class Noise:
         the batch has less variance.
 
         References:
-            | Variational Diffusion Models (Kingma et al., 2021), appendix I.1
-            | https://arxiv.org/abs/2107.00630
+            | Kingma et al., 2021, appendix I.1; https://arxiv.org/abs/2107.00630
         """
         start, total = self.rows or (0, n)
         key = (*self.key, "spread", self.spreads)

@@ -80,12 +80,9 @@ class MuonAdamW(torch.optim.Optimizer):
     moves where the tensor `found_inf` is 1, on the device and without a word to the host.
 
     References:
-        | Muon: An Optimizer for Hidden Layers in Neural Networks (Jordan et al., 2024)
-        | https://kellerjordan.github.io/posts/muon
-        | Muon is Scalable for LLM Training (Liu et al., 2025): the scale
-        | https://arxiv.org/abs/2502.16982
-        | Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019)
-        | https://arxiv.org/abs/1711.05101
+        | Jordan et al., 2024; https://kellerjordan.github.io/posts/muon
+        | Liu et al., 2025: the scale; https://arxiv.org/abs/2502.16982
+        | Loshchilov & Hutter, 2019; https://arxiv.org/abs/1711.05101
 
     Arguments:
         params: The weights.

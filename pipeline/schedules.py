@@ -81,9 +81,7 @@ class VP(Schedule):
         \beta_r = \beta_{\min} + (\beta_{\max} - \beta_{\min}) \, r
 
     References:
-        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
-        |   2021), equation (32)
-        | https://arxiv.org/abs/2011.13456
+        | Song et al., 2021, equation (32); https://arxiv.org/abs/2011.13456
 
     Arguments:
         beta_min: The rate of noising at the data, :math:`\beta_{\min} > 0`.
@@ -121,8 +119,7 @@ class DiscreteVP(Schedule):
     line, as if the step were walked at a constant rate.
 
     References:
-        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), equations (2), (4), section 4
-        | https://arxiv.org/abs/2006.11239
+        | Ho et al., 2020, equations (2), (4), section 4; https://arxiv.org/abs/2006.11239
 
     Arguments:
         steps: The number K of steps, at least 2.
@@ -158,9 +155,7 @@ class Cosine(Schedule):
     .. math:: \theta_t = \epsilon + (\pi / 2 - 2 \epsilon) \, t
 
     References:
-        | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), equation
-        |   (17)
-        | https://arxiv.org/abs/2102.09672
+        | Nichol & Dhariwal, 2021, equation (17); https://arxiv.org/abs/2102.09672
 
     Arguments:
         clip: The angle :math:`\epsilon`, in radians, kept away from both ends.
@@ -184,9 +179,7 @@ class VE(Schedule):
     .. math:: \alpha_t = 1, \quad \sigma_t = \sigma_{\min}^{1 - t} \, \sigma_{\max}^t
 
     References:
-        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
-        |   2021), equation (30)
-        | https://arxiv.org/abs/2011.13456
+        | Song et al., 2021, equation (30); https://arxiv.org/abs/2011.13456
 
     Arguments:
         sigma_min: The noise scale at t = 0, :math:`\sigma_{\min} > 0`.
@@ -212,9 +205,7 @@ class Rectified(Schedule):
     .. math:: \alpha_t = 1 - \sigma_t, \quad \sigma_t = \epsilon + (1 - 2 \epsilon) \, t
 
     References:
-        | Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow (Liu
-        |   et al., 2022)
-        | https://arxiv.org/abs/2209.03003
+        | Liu et al., 2022; https://arxiv.org/abs/2209.03003
 
     Arguments:
         clip: The least noise scale and the least signal scale, :math:`\epsilon`.

@@ -141,9 +141,7 @@ class PowerEMA(EMA):
     of length 0.08 at the checkpoint's step. The first validates and draws.
 
     References:
-        | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024),
-        |   section 3
-        | https://arxiv.org/abs/2312.02696
+        | Karras et al., 2024, section 3; https://arxiv.org/abs/2312.02696
 
     Arguments:
         lengths: The relative lengths σ_rel, at least two different ones, each in (0, 0.288).

@@ -25,8 +25,7 @@ class Recompute(pl.Callback):
     The blocks are the members of the network's lists of modules, see `pipeline.networks.blocks`.
 
     References:
-        | Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016)
-        | https://arxiv.org/abs/1604.06174
+        | Chen et al., 2016; https://arxiv.org/abs/1604.06174
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: ScoreModule, stage: str) -> None:

@@ -7,10 +7,8 @@ x on its device, and nothing is stored. The null condition is m = 0, which no pi
 of a prompt may stand beside the planes; each part is dropped by itself, and may be left out.
 
 References:
-    | Image Super-Resolution via Iterative Refinement (Saharia et al., 2021): A(x) beside x_t
-    | https://arxiv.org/abs/2104.07636
-    | Palette: Image-to-Image Diffusion Models (Saharia et al., 2022)
-    | https://arxiv.org/abs/2111.05826
+    | Saharia et al., 2021: A(x) beside x_t; https://arxiv.org/abs/2104.07636
+    | Saharia et al., 2022; https://arxiv.org/abs/2111.05826
 """
 
 from abc import ABC

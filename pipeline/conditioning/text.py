@@ -70,14 +70,9 @@ class TextEncoder(Conditioning):
     embedding of "".
 
     References:
-        | Sentence-BERT (Reimers and Gurevych, 2019)
-        | https://arxiv.org/abs/1908.10084
-        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
-        |   2021)
-        | https://arxiv.org/abs/2103.00020
-        | Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia
-        |   et al., 2022)
-        | https://arxiv.org/abs/2205.11487
+        | Sentence-BERT (Reimers and Gurevych, 2019); https://arxiv.org/abs/1908.10084
+        | Radford et al., 2021; https://arxiv.org/abs/2103.00020
+        | Saharia et al., 2022; https://arxiv.org/abs/2205.11487
 
     Arguments:
         name: "minilm" (all-MiniLM-L6-v2, which comes as a package), a local folder, or a name on

@@ -151,7 +151,8 @@ class Pictures(DataModule):
         super().setup(stage)
         if isinstance(self.codec, Latents):
             for split in self.splits:
-                self._latents.setdefault(split, self.latents(split, self.codec))
+                if split not in self._latents:
+                    self._latents[split] = self.latents(split, self.codec)
 
     def latents(self, split: str, codec: Latents) -> np.ndarray:
         pictures: Any = self.rows(split).x

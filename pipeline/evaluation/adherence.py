@@ -61,9 +61,7 @@ class CLIP(Vision):
     bicubic interpolation with antialiasing, rounded to whole levels, and the centre is cut out.
 
     References:
-        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
-        |   2021)
-        | https://arxiv.org/abs/2103.00020
+        | Radford et al., 2021; https://arxiv.org/abs/2103.00020
 
     Arguments:
         model: A local folder (config.json, preprocessor_config.json, model.safetensors and a
@@ -145,9 +143,7 @@ def clip_score(pictures: Tensor, prompts: Tensor) -> Tensor:
     words put before the prompt (there "A photo depicts", here none): compare within one protocol.
 
     References:
-        | CLIPScore: A Reference-free Evaluation Metric for Image Captioning (Hessel et al., 2021),
-        |   section 3
-        | https://arxiv.org/abs/2104.08718
+        | Hessel et al., 2021, section 3; https://arxiv.org/abs/2104.08718
 
     Arguments:
         pictures: The embeddings f of pictures, with shape (N, d).

@@ -43,11 +43,8 @@ def frechet(a: Statistics, b: Statistics) -> float:
     come out as :math:`10^{-16}`, and their roots would add up.
 
     References:
-        | The Fréchet distance between multivariate normal distributions (Dowson and Landau, 1982)
-        | https://doi.org/10.1016/0047-259X(82)90077-X
-        | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel
-        |   et al., 2017), equation (6)
-        | https://arxiv.org/abs/1706.08500
+        | Dowson and Landau, 1982; https://doi.org/10.1016/0047-259X(82)90077-X
+        | Heusel et al., 2017, equation (6); https://arxiv.org/abs/1706.08500
 
     Raises:
         ValueError: The features are of different lengths, or fewer than two.
@@ -126,10 +123,8 @@ def kernel_distance(
     200 trials (N = M = 100). An interval without 0 is then a difference more surely than it says.
 
     References:
-        | Demystifying MMD GANs (Bińkowski et al., 2018), section 4
-        | https://arxiv.org/abs/1801.01401
-        | A Kernel Two-Sample Test (Gretton et al., 2012), equation (3)
-        | https://jmlr.org/papers/v13/gretton12a.html
+        | Bińkowski et al., 2018, section 4; https://arxiv.org/abs/1801.01401
+        | Gretton et al., 2012, equation (3); https://jmlr.org/papers/v13/gretton12a.html
 
     Arguments:
         real: Features of the data, with shape :math:`(N, D)`, N at least 2.
@@ -203,9 +198,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
         1\left[ \exists i : \|y_j - x_i\| \le r_k(x_i) \right]
 
     References:
-        | Improved Precision and Recall Metric for Assessing Generative Models (Kynkäänniemi et
-        |   al., 2019), equations (1) and (2)
-        | https://arxiv.org/abs/1904.06991
+        | Kynkäänniemi et al., 2019, equations (1) and (2); https://arxiv.org/abs/1904.06991
 
     Arguments:
         real: Features of the data, with shape :math:`(N, D)`, N more than k.
@@ -242,9 +235,7 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> DensityCove
     :math:`1 - \frac{(N-1) \cdots (N-k)}{(M+N-1) \cdots (M+N-k)}`, whatever the law.
 
     References:
-        | Reliable Fidelity and Diversity Metrics for Generative Models (Naeem et al., 2020),
-        |   equations (5), (6) and (9)
-        | https://arxiv.org/abs/2002.09797
+        | Naeem et al., 2020, equations (5), (6) and (9); https://arxiv.org/abs/2002.09797
 
     Arguments:
         real: Features of the data, with shape :math:`(N, D)`, N more than k.
@@ -301,8 +292,7 @@ def inception_score(logits: Tensor, noise: Noise, splits: int = 10) -> tuple[flo
     grows with the number of pictures, and says nothing of the data.
 
     References:
-        | Improved Techniques for Training GANs (Salimans et al., 2016), section 4
-        | https://arxiv.org/abs/1606.03498
+        | Salimans et al., 2016, section 4; https://arxiv.org/abs/1606.03498
 
     Arguments:
         logits: Class logits of generated pictures, with shape :math:`(M, K)`.

@@ -40,8 +40,7 @@ class DualAveraging:
     :math:`|\log \epsilon_k|` is at most 30.
 
     References:
-        | The No-U-Turn Sampler (Hoffman & Gelman, 2014), section 3.2
-        | https://arxiv.org/abs/1111.4246
+        | Hoffman & Gelman, 2014, section 3.2; https://arxiv.org/abs/1111.4246
 
     Arguments:
         aim: The mean acceptance δ, between 0 and 1.
@@ -75,9 +74,7 @@ class Moments(NamedTuple):
         M = M_a + M_b + \tfrac{n_a n_b}{n} \delta^2, \quad \delta = m_b - m_a
 
     References:
-        | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub &
-        |   LeVeque, 1979)
-        | https://doi.org/10.1007/978-3-642-51461-6_3
+        | Chan, Golub & LeVeque, 1979; https://doi.org/10.1007/978-3-642-51461-6_3
 
     Attributes:
         count: The number n of points.

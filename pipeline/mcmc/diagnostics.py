@@ -1,9 +1,7 @@
 """Diagnostics: whether chains have met, and what their draws are worth.
 
 References:
-    | Rank-normalization, folding, and localization: An improved R̂ for assessing convergence of
-    |   MCMC (Vehtari, Gelman, Simpson, Carpenter & Bürkner, 2021)
-    | https://arxiv.org/abs/1903.08008
+    | Vehtari, Gelman, Simpson, Carpenter & Bürkner, 2021; https://arxiv.org/abs/1903.08008
 """
 
 import warnings

@@ -143,9 +143,7 @@ class ULA(Kernel):
     variance :math:`s^2` it has variance :math:`s^2 / (1 - \mu / 2 s^2)`, for :math:`\mu < 2 s^2`.
 
     References:
-        | Exponential convergence of Langevin distributions and their discrete approximations
-        |   (Roberts & Tweedie, 1996), section 1.4
-        | https://doi.org/10.2307/3318418
+        | Roberts & Tweedie, 1996, section 1.4; https://doi.org/10.2307/3318418
 
     Arguments:
         step_size: The step μ, positive.
@@ -175,8 +173,7 @@ class HalfDenoising(Kernel):
     with the noisy score 1 + 5σ²/4; at σ = 0.5 they are 1.066, 1.067 and 1.316.
 
     References:
-        | A noise-corrected Langevin algorithm and sampling by half-denoising (Hyvärinen, 2024)
-        | https://arxiv.org/abs/2410.05837
+        | Hyvärinen, 2024; https://arxiv.org/abs/2410.05837
 
     Arguments:
         sigma: The standard deviation σ of the noise in the target, positive.
@@ -249,9 +246,7 @@ class MALA(MetropolisHastings):
         \log q(y \mid x) = - \frac{|y - x - \mu \, \phi(x)|^2}{4 \mu}
 
     References:
-        | Exponential convergence of Langevin distributions and their discrete approximations
-        |   (Roberts & Tweedie, 1996), section 1.4
-        | https://doi.org/10.2307/3318418
+        | Roberts & Tweedie, 1996, section 1.4; https://doi.org/10.2307/3318418
         | Optimal scaling of discrete approximations to Langevin diffusions (Roberts & Rosenthal,
         |   1998), for the acceptance 0.574
         | https://doi.org/10.1111/1467-9868.00123
@@ -292,8 +287,7 @@ class HMC(MetropolisHastings):
     near half of it to the point opposite, where means are quick and squares never move.
 
     References:
-        | MCMC using Hamiltonian dynamics (Neal, 2011)
-        | https://arxiv.org/abs/1206.1901 (section 3.2 for the jitter)
+        | Neal, 2011; https://arxiv.org/abs/1206.1901 (section 3.2 for the jitter)
         | Optimal tuning of the hybrid Monte Carlo algorithm (Beskos et al., 2013), for the
         |   acceptance 0.651, of which 0.8 is a safe side
         | https://arxiv.org/abs/1001.4460

@@ -14,8 +14,7 @@ Every chain is in its own leaf of its own tree, and begins its next transition a
 no chain waits for the longest trajectory of the others, except at the end of the last.
 
 References:
-    | The No-U-Turn Sampler (Hoffman & Gelman, 2014)
-    | https://arxiv.org/abs/1111.4246
+    | The No-U-Turn Sampler (Hoffman & Gelman, 2014); https://arxiv.org/abs/1111.4246
     | A Conceptual Introduction to Hamiltonian Monte Carlo (Betancourt, 2017), appendix A:
     |   multinomial weights, biased progression, the criterion
     | https://arxiv.org/abs/1701.02434

@@ -208,8 +208,7 @@ class Scaled(Target):
     A kernel on z is the kernel on x with the diagonal mass matrix :math:`c^{-2}`.
 
     References:
-        | MCMC using Hamiltonian dynamics (Neal, 2011), section 4.1
-        | https://arxiv.org/abs/1206.1901
+        | Neal, 2011, section 4.1; https://arxiv.org/abs/1206.1901
 
     Arguments:
         target: The law of x.
@@ -341,9 +340,7 @@ class Banana(Law):
     Its mean is 0 and its variances are :math:`s^2` and :math:`1 + 2 b^2 s^4`.
 
     References:
-        | Adaptive proposal distribution for random walk Metropolis algorithm (Haario, Saksman &
-        |   Tamminen, 1999), section 4
-        | https://doi.org/10.1007/s001800050022
+        | Haario, Saksman & Tamminen, 1999, section 4; https://doi.org/10.1007/s001800050022
 
     Arguments:
         curvature: The curvature b.
@@ -383,8 +380,7 @@ class Funnel(Law):
     No fixed step suits both its mouth and its neck.
 
     References:
-        | Slice Sampling (Neal, 2003), section 8
-        | https://doi.org/10.1214/aos/1056562461
+        | Slice Sampling (Neal, 2003), section 8; https://doi.org/10.1214/aos/1056562461
 
     Arguments:
         dim: The number D of coordinates, at least 2.

@@ -101,15 +101,10 @@ class DiT(Network):
     nothing at first.
 
     References:
-        | Scalable Diffusion Models with Transformers (Peebles & Xie, 2023): adaLN-zero
-        | https://arxiv.org/abs/2212.09748
-        | GLU Variants Improve Transformer (Shazeer, 2020): SwiGLU
-        | https://arxiv.org/abs/2002.05202
-        | Rotary Position Embedding for Vision Transformer (Heo et al., 2024): the axial form
-        | https://arxiv.org/abs/2403.13298
-        | Scaling Vision Transformers to 22 Billion Parameters (Dehghani et al., 2023): queries
-        |   and keys normalised
-        | https://arxiv.org/abs/2302.05442
+        | Peebles & Xie, 2023: adaLN-zero; https://arxiv.org/abs/2212.09748
+        | Shazeer, 2020: SwiGLU; https://arxiv.org/abs/2002.05202
+        | Heo et al., 2024: the axial form; https://arxiv.org/abs/2403.13298
+        | Dehghani et al., 2023: queries and keys normalised; https://arxiv.org/abs/2302.05442
 
     Arguments:
         channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.

@@ -74,15 +74,11 @@ class UNet(Network):
     resolution.
 
     References:
-        | U-Net: Convolutional Networks for Biomedical Image Segmentation (Ronneberger et al.,
-        |   2015)
-        | https://arxiv.org/abs/1505.04597
+        | Ronneberger et al., 2015; https://arxiv.org/abs/1505.04597
         | Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol, 2021): the modulation
         |   by scale and shift
         | https://arxiv.org/abs/2105.05233
-        | An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution (Liu et
-        |   al., 2018): the coordinates
-        | https://arxiv.org/abs/1807.03247
+        | Liu et al., 2018: the coordinates; https://arxiv.org/abs/1807.03247
 
     Arguments:
         channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.

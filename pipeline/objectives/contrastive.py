@@ -49,9 +49,7 @@ class NCE(Objective):
     wrong.
 
     References:
-        | Noise-Contrastive Estimation of Unnormalized Statistical Models, with Applications to
-        |   Natural Image Statistics (Gutmann & Hyvärinen, 2012)
-        | https://jmlr.org/papers/v13/gutmann12a.html
+        | Gutmann & Hyvärinen, 2012; https://jmlr.org/papers/v13/gutmann12a.html
 
     Arguments:
         contrast: The law :math:`p_c` of the noise points, in the units of x.
@@ -91,8 +89,7 @@ class ConditionalNCE(Objective):
     matching.
 
     References:
-        | Conditional Noise-Contrastive Estimation of Unnormalised Models (Ceylan & Gutmann, 2018)
-        | https://arxiv.org/abs/1806.03664
+        | Ceylan & Gutmann, 2018; https://arxiv.org/abs/1806.03664
 
     Arguments:
         sigma: The standard deviation σ of the noise, in the units of x.

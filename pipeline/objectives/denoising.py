@@ -8,8 +8,7 @@ The bracket is the denoiser D. `OneLevelDSM` is that sum, `DSM` the same over a 
 in its own unit. Both learn the laws of noisy data.
 
 References:
-    | A Connection Between Score Matching and Denoising Autoencoders (Vincent, 2011)
-    | https://doi.org/10.1162/NECO_a_00142
+    | Vincent, 2011; https://doi.org/10.1162/NECO_a_00142
 """
 
 from abc import ABC, abstractmethod
@@ -51,12 +50,8 @@ class LogNormal(Levels):
     / (\alpha + \sigma)` is the level.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-        |   table 1
-        | https://arxiv.org/abs/2206.00364
-        | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al.,
-        |   2024), section 3.1
-        | https://arxiv.org/abs/2403.03206
+        | Karras et al., 2022, table 1; https://arxiv.org/abs/2206.00364
+        | Esser et al., 2024, section 3.1; https://arxiv.org/abs/2403.03206
 
     Arguments:
         means: The mean of each part.
@@ -92,8 +87,7 @@ class OneLevelDSM(Objective):
     trained.
 
     References:
-        | A Connection Between Score Matching and Denoising Autoencoders (Vincent, 2011)
-        | https://doi.org/10.1162/NECO_a_00142
+        | Vincent, 2011; https://doi.org/10.1162/NECO_a_00142
 
     Arguments:
         sigma: The noise ratio σ, within the schedule's.
@@ -134,9 +128,7 @@ class DSM(Objective):
     output.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-        |   equation (8)
-        | https://arxiv.org/abs/2206.00364
+        | Karras et al., 2022, equation (8); https://arxiv.org/abs/2206.00364
 
     Arguments:
         levels: The law of the noise levels.

@@ -34,11 +34,8 @@ class ContrastiveDivergence(Objective):
     their modes, so of the weights of far modes, and of where there are no data, little is learned.
 
     References:
-        | Training Products of Experts by Minimizing Contrastive Divergence (Hinton, 2002)
-        | https://doi.org/10.1162/089976602760128018
-        | Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient
-        |   (Tieleman, 2008)
-        | https://doi.org/10.1145/1390156.1390290
+        | Hinton, 2002; https://doi.org/10.1162/089976602760128018
+        | Tieleman, 2008; https://doi.org/10.1145/1390156.1390290
 
     Arguments:
         kernel: How the chains move, its numbers in the units of x; not NUTS.

@@ -13,8 +13,7 @@ not trained. The schedule's noise ratio at t = 0 then sets nothing but the netwo
 be near the finest detail of the law.
 
 References:
-    | Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005)
-    | https://jmlr.org/papers/v6/hyvarinen05a.html
+    | Hyvärinen, 2005; https://jmlr.org/papers/v6/hyvarinen05a.html
 """
 
 import torch
@@ -38,9 +37,7 @@ class ScoreMatching(Objective):
     The trace costs d backward passes.
 
     References:
-        | Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
-        |   theorem 1
-        | https://jmlr.org/papers/v6/hyvarinen05a.html
+        | Hyvärinen, 2005, theorem 1; https://jmlr.org/papers/v6/hyvarinen05a.html
     """
 
     def __call__(self, denoiser: Preconditioned, x: Tensor, u: U, noise: Noise) -> Tensor:
@@ -83,9 +80,7 @@ class SlicedScoreMatching(ScoreMatching):
     The first term stands for :math:`(v^\top \phi)^2 / 2`: the variance-reduced form.
 
     References:
-        | Sliced Score Matching: A Scalable Approach to Density and Score Estimation (Song et al.,
-        |   2019)
-        | https://arxiv.org/abs/1905.07088
+        | Song et al., 2019; https://arxiv.org/abs/1905.07088
     """
 
     def trace(self, phi: Tensor, x_0: Tensor, noise: Noise, record: bool) -> Tensor:

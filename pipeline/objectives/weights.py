@@ -5,9 +5,7 @@ not move the minimum, which is the conditional mean at every level; it says wher
 finite size is to be near it. The law of the levels says so too, by how often it is asked there.
 
 References:
-    | Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation (Kingma & Gao,
-    |   2023)
-    | https://arxiv.org/abs/2303.00848
+    | Kingma & Gao, 2023; https://arxiv.org/abs/2303.00848
 """
 
 from abc import ABC, abstractmethod
@@ -41,8 +39,7 @@ class Velocity(Weight):
     since :math:`v = (\bar x - x) / \bar t` at :math:`\bar t = s / (1 + s)`.
 
     References:
-        | Back to Basics: Let Denoising Generative Models Denoise (Li & He, 2025)
-        | https://arxiv.org/abs/2511.13720
+        | Li & He, 2025; https://arxiv.org/abs/2511.13720
 
     Arguments:
         least: The noise ratio :math:`s_0 > 0` below which the weight grows no more.
@@ -63,9 +60,7 @@ class UnitVariance(Weight):
     .. math:: w(s) = \frac{s^2 + \sigma_d^2}{s^2 \, \sigma_d^2}
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-        |   table 1
-        | https://arxiv.org/abs/2206.00364
+        | Karras et al., 2022, table 1; https://arxiv.org/abs/2206.00364
 
     Arguments:
         sigma_data: The standard deviation :math:`\sigma_d > 0` of the data.
@@ -86,8 +81,7 @@ class MinSNR(Weight):
     .. math:: w(s) = \min(s^{-2}, \gamma)
 
     References:
-        | Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023)
-        | https://arxiv.org/abs/2303.09556
+        | Hang et al., 2023; https://arxiv.org/abs/2303.09556
 
     Arguments:
         gamma: The bound :math:`\gamma > 0`.

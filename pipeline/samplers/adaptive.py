@@ -37,8 +37,7 @@ class Adaptive(Sampler):
     processes make: they call the network equally often.
 
     References:
-        | A 3(2) Pair of Runge–Kutta Formulas (Bogacki & Shampine, 1989)
-        | https://doi.org/10.1016/0893-9659(89)90079-7
+        | Bogacki & Shampine, 1989; https://doi.org/10.1016/0893-9659(89)90079-7
 
     Arguments:
         tolerance: The error of a step, in units of x; too small a one gives N − 1 equal steps.

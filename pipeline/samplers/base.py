@@ -5,9 +5,7 @@ probability-flow equation is the same under every schedule, :math:`dy / ds = (y 
 are placed in s and a sampler does not depend on the schedule a model was trained with.
 
 References:
-    | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-    |   equations (4), (5)
-    | https://arxiv.org/abs/2206.00364
+    | Karras et al., 2022, equations (4), (5); https://arxiv.org/abs/2206.00364
 """
 
 from abc import ABC, abstractmethod

@@ -32,10 +32,8 @@ class DDIM(Sampler):
     :math:`x_t` and x = D.
 
     References:
-        | Denoising Diffusion Implicit Models (Song et al., 2021), equations (12), (16)
-        | https://arxiv.org/abs/2010.02502
-        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), equation (7)
-        | https://arxiv.org/abs/2006.11239
+        | Song et al., 2021, equations (12), (16); https://arxiv.org/abs/2010.02502
+        | Ho et al., 2020, equation (7); https://arxiv.org/abs/2006.11239
 
     Arguments:
         steps: The number of times, which is the number of evaluations.
@@ -89,9 +87,7 @@ class Heun(Sampler):
     never to more than the schedule's last ratio. With k = 1 that keeps the law: its order is 2.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
-        |   algorithms 1, 2
-        | https://arxiv.org/abs/2206.00364
+        | Karras et al., 2022, algorithms 1, 2; https://arxiv.org/abs/2206.00364
 
     Arguments:
         steps: The number of times N; 2 N − 1 evaluations.
@@ -174,9 +170,7 @@ class DPMSolver(Sampler):
     order of its variance is 2.
 
     References:
-        | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et
-        |   al., 2022), algorithm 2 and section 5
-        | https://arxiv.org/abs/2211.01095
+        | Lu et al., 2022, algorithm 2 and section 5; https://arxiv.org/abs/2211.01095
 
     Arguments:
         steps: The number of times, which is the number of evaluations.
@@ -228,9 +222,7 @@ class UniPC(Sampler):
     is solved exactly, and B leaves no trace.
 
     References:
-        | UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models
-        |   (Zhao et al., 2023), algorithms 5 to 8
-        | https://arxiv.org/abs/2302.04867
+        | Zhao et al., 2023, algorithms 5 to 8; https://arxiv.org/abs/2302.04867
 
     Arguments:
         steps: The number of times, which is the number of evaluations.

@@ -45,11 +45,8 @@ class Langevin(Sampler):
     D at the end, which moves y to the mean and so draws too narrow a law.
 
     References:
-        | Exponential convergence of Langevin distributions and their discrete approximations
-        |   (Roberts & Tweedie, 1996)
-        | https://doi.org/10.2307/3318418
-        | A noise-corrected Langevin algorithm and sampling by half-denoising (Hyvärinen, 2024)
-        | https://arxiv.org/abs/2410.05837
+        | Roberts & Tweedie, 1996; https://doi.org/10.2307/3318418
+        | Hyvärinen, 2024; https://arxiv.org/abs/2410.05837
 
     Arguments:
         kernel: How the chain moves, its numbers in units of the smallest ratio; one that accepts
@@ -121,9 +118,7 @@ class AnnealedLangevin(Sampler):
     updates are 100.
 
     References:
-        | Generative Modeling by Estimating Gradients of the Data Distribution (Song & Ermon,
-        |   2019), algorithm 1
-        | https://arxiv.org/abs/1907.05600
+        | Song & Ermon, 2019, algorithm 1; https://arxiv.org/abs/1907.05600
         | Adversarial score matching and improved sampling for image generation
         |   (Jolicoeur-Martineau et al., 2021), section 3.1, for D at the end
         | https://arxiv.org/abs/2009.05475
@@ -175,9 +170,7 @@ class PredictorCorrector(DDIM):
     `HalfDenoising`.
 
     References:
-        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
-        |   2021), algorithms 1, 4, 5
-        | https://arxiv.org/abs/2011.13456
+        | Song et al., 2021, algorithms 1, 4, 5; https://arxiv.org/abs/2011.13456
 
     Arguments:
         kernel: The corrector, its numbers in units of each ratio; one that accepts and rejects

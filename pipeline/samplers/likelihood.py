@@ -9,12 +9,8 @@ and along it the density changes by the divergence,
 with d the number of coordinates. J runs from I, where noise is small, to 0, where it is large.
 
 References:
-    | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al.,
-    |   2021), equation (39)
-    | https://arxiv.org/abs/2011.13456
-    | FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et
-    |   al., 2019), for the estimated trace
-    | https://arxiv.org/abs/1810.01367
+    | Song et al., 2021, equation (39); https://arxiv.org/abs/2011.13456
+    | Grathwohl et al., 2019, for the estimated trace; https://arxiv.org/abs/1810.01367
 """
 
 import math
@@ -58,9 +54,7 @@ class Likelihood:
     estimate of :math:`\log p` is unbiased with respect to the exact trace's.
 
     References:
-        | A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing
-        |   Splines (Hutchinson, 1990)
-        | https://doi.org/10.1080/03610919008812866
+        | Hutchinson, 1990; https://doi.org/10.1080/03610919008812866
 
     Arguments:
         steps: The number N of times, at least 2: N traces, and 3 N − 2 evaluations. On a mixture

@@ -45,9 +45,7 @@ class Inception(Features):
     are the same, at other sizes a FID of one is not comparable with one of the other.
 
     References:
-        | GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel
-        |   et al., 2017)
-        | https://arxiv.org/abs/1706.08500
+        | Heusel et al., 2017; https://arxiv.org/abs/1706.08500
         | Rethinking the Inception Architecture for Computer Vision (Szegedy et al., 2015)
         | https://arxiv.org/abs/1512.00567
         | https://github.com/mseitzer/pytorch-fid

@@ -34,11 +34,8 @@ class Vision(Features):
     """The image embedding of a frozen `transformers` model.
 
     References:
-        | Exposing flaws of generative model evaluation metrics and their unfair treatment of
-        |   diffusion models (Stein et al., 2023)
-        | https://arxiv.org/abs/2306.04675
-        | DINOv2: Learning Robust Visual Features without Supervision (Oquab et al., 2023)
-        | https://arxiv.org/abs/2304.07193
+        | Stein et al., 2023; https://arxiv.org/abs/2306.04675
+        | Oquab et al., 2023; https://arxiv.org/abs/2304.07193
 
     Arguments:
         model: A local folder (config.json, preprocessor_config.json, model.safetensors), or a
