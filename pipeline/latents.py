@@ -65,7 +65,7 @@ class Latents(Pixels):
                 f"{height}×{width}."
             )
         self.shape = (said["latent_channels"], height // fold, width // fold)
-        self.sizes = {"channels": said["latent_channels"]}
+        self.sizes |= {"channels": said["latent_channels"]}
 
     @cached_property
     def autoencoder(self) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from lightning.pytorch.strategies import Strategy
+from test_latents import save
 from tiny import ROOT
 
 from pipeline import conditioning, guidance, mcmc, networks, objectives, samplers, schedules
@@ -116,6 +117,9 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
     for kind, same in (("cifar10_long", "cifar10"), ("emoji_styles_64", "emoji_styles")):
         own[kind] = own[same]
     small = ["--model.denoiser.network.widths", "[16, 32, 32]"]  # they are for a GPU
+    autoencoder = str(save(tmp_path / "autoencoder", seed=0))
+    own["latents"] = [*own["emoji"], "--data.autoencoder", autoencoder, "--data.size", "32"]
+    own["latents"] += ["--model.denoiser.network.width", "64"]
     own["sequences"] = ["--data.path", str(_sounds(tmp_path / "sequences")), *cache]
     return own | {
         kind: own[kind] + small for kind in ("cifar10", "cifar10_long", "emoji_styles_64")

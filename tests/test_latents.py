@@ -51,7 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_x_is_the_scaled_mean(folder: Path) -> None:
     codec = Latents(str(folder), 3, 16, 8)
-    assert codec.shape == (2, 4, 2) and codec.sizes == {"channels": 2}
+    assert codec.shape == (2, 4, 2) and codec.sizes == {"channels": 2, "dims": 2}
     rows = torch.randint(256, (11, 3, 16, 8), dtype=torch.uint8)
     x = codec.encode(rows)
     direct = codec.autoencoder.encode(rows / 127.5 - 1).latent_dist
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_a_sentence(
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "diffusers":
+        if name.startswith("diffusers"):
             raise ImportError(name)
         return real(name, *args, **kwargs)
 

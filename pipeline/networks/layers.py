@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.condition import U
+from pipeline.errors import UserError
 
 __all__ = [
     "CONV",
@@ -81,9 +82,9 @@ def check_planes(planes: Tensor, x: Tensor) -> None:
 
 
 def check_sides(x: Tensor, dims: int, multiple: int, advice: str) -> None:
-    """Raise `ValueError` unless x has so many sides, all of them such multiples."""
+    """Raise `UserError` unless x has so many sides, all of them such multiples."""
     if x.ndim != dims + 2 or any(side % multiple for side in x.shape[2:]):
-        raise ValueError(f"A {('signal', 'picture')[dims - 1]} of {_sides(x)} does not {advice}")
+        raise UserError(f"A {('signal', 'picture')[dims - 1]} of {_sides(x)} does not {advice}")
 
 
 def _sides(x: Tensor) -> str:
