@@ -123,10 +123,8 @@ def test_what_was_checked_can_be_written_down_and_read_again(tmp_path: Path) -> 
     text = "sampler: heun.yaml\noptimizer: {class_path: torch.optim.SGD}\npair: [0, 1]\n"
     plan = Config([written(tmp_path, x=text, heun=HEUN)]).call(example)
     told = dump(plan)["init_args"]
-    assert told["sampler"] == {
-        "class_path": "pipeline.samplers.Heun",
-        "init_args": {"steps": 4, "rho": 5.0},
-    }
+    assert told["sampler"]["class_path"] == "pipeline.samplers.Heun"
+    assert told["sampler"]["init_args"].items() >= {"steps": 4, "rho": 5.0, "churn": 0.0}.items()
     assert told["number"] == 3  # a default is stated
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(told))
     assert dump(Config([tmp_path / "again.yaml"]).call(example))["init_args"] == told
