@@ -1003,7 +1003,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="channels is 2; it must be 3"):
         hub(good, tmp_path, channels=2)
     one = parquet(tmp_path / "one.parquet", images(1), caption=(text, ["a"]))
-    with pytest.raises(UserError, match="one picture, which is held out.*data.val_split"):
+    with pytest.raises(UserError, match="one row, which is held out.*data.val_split"):
         hub(one, tmp_path).setup()
 
 
