@@ -223,7 +223,7 @@ def batch(data: DataModule, split: str = "train") -> Any:  # noqa: ANN401
 
 def test_planes_are_made_of_the_pictures_of_a_batch(tmp_path: Path) -> None:
     data = shapes(Downsampled(4), tmp_path)
-    assert data.sizes() == {"u_dim": 0, "planes": 4, "channels": 3}
+    assert data.sizes() == {"u_dim": 0, "planes": 4, "channels": 3, "dims": 2}
     data.setup()
     one = batch(data)
     assert one.u.tokens is None and one.u_null.tokens is None and not one.u_null.planes.any()
@@ -431,7 +431,7 @@ def test_a_model_of_pictures_is_measured(
         asked.extend(one.caption for one in plan)
         return {}
 
-    monkeypatch.setattr("pipeline.evaluation.measure.shapes_adherence", wanted)
+    monkeypatch.setattr("pipeline.evaluation.adherence.shapes_adherence", wanted)
     _, pictures, prompts = measure(Generator.from_checkpoint(run), seed=3)
     assert prompts == asked == [value.prompt for value in measure.values]
     assert pictures.shape == (6, 3, 32, 32)
