@@ -120,7 +120,8 @@ def pictures(tmp_path: Path) -> dict[str, list[str]]:
     autoencoder = str(save(tmp_path / "autoencoder", seed=0))
     own["latents"] = [*own["emoji"], "--data.autoencoder", autoencoder, "--data.size", "32"]
     own["latents"] += ["--model.denoiser.network.width", "64"]
-    own["sequences"] = ["--data.path", str(_sounds(tmp_path / "sequences")), *cache]
+    short = ["--data.length", "2048"]  # of 16,384
+    own["sequences"] = ["--data.path", str(_sounds(tmp_path / "sequences")), *short, *cache]
     return own | {
         kind: own[kind] + small for kind in ("cifar10", "cifar10_long", "emoji_styles_64")
     }

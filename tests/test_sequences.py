@@ -100,7 +100,7 @@ def test_combinations_are_held_out_in_a_pattern(chirps: Chirps) -> None:
 
 def test_what_is_said_is_heard(chirps: Chirps) -> None:
     for split, rows in (("train", 288), ("val", 36), ("unseen", 12)):
-        x, values, _ = chirps.source(split)
+        x, values, *_ = chirps.source(split)
         assert x.shape == (rows, 1, LENGTH) and x.dtype == np.int16
         assert benchmark.read(x) == [benchmark.words(said) for said in values]
         assert (x == chirps.source(split).x).all()
@@ -118,7 +118,7 @@ def test_what_is_said_is_heard(chirps: Chirps) -> None:
 def test_the_samples_are_what_the_formula_says() -> None:
     """A steady tone is one line of its spectrum, at its pitch within the tenth of an octave."""
     data = Chirps(None, per_combination=1)
-    x, values, _ = data.source("train")
+    x, values, *_ = data.source("train")
     for row, caption in zip(x[:, 0] / 32767, values, strict=True):
         if "long steady" in caption:
             line = abs(np.fft.rfft(row, 8 * LENGTH)).argmax() * RATE / (8 * LENGTH)

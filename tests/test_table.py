@@ -38,7 +38,7 @@ def table(path: str, **given: Any) -> Table:
 def test_columns_by_name(tmp_path: Path) -> None:
     data = table(write(tmp_path / "a.csv"), cache_dir=str(tmp_path), batch_size=38)
     assert data.sizes() == {"u_dim": 4, "planes": 0, "x_dim": 2}
-    (x, values, _), held = data.rows("train"), data.rows("val")
+    (x, values, *_), held = data.rows("train"), data.rows("val")
     assert x.shape == (38, 2) and len(held.x) == 2 and x.dtype == np.float32
     i = [int(strokes**0.5) for strokes in x[:, 1]]
     assert x[:, 0].tolist() == [20 + k / 4 for k in i]
