@@ -1,6 +1,6 @@
 """An hour at full speed: do the memory of the process and the time of a step stay flat?
 
-Runs an experiment for `--minutes`, with checkpoints every minute, and a validation and a sheet
+Runs an experiment for `--minutes`, with its own checkpoints, and a validation and a sheet
 every 200 steps; reads the memory of its process every five seconds, and the time of a step from
 what the run itself logged. Prints how both went on after the first tenth, and plots them.
 
