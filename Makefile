@@ -37,7 +37,7 @@ lecture: $(SETUP) ## Climb the lecture's ladder (seven minutes or so) and write 
 	@exec $(PY) benchmarks/lecture.py $(ARGS)
 
 test: $(SETUP) ## Run the quick tests, some files at once (ARGS="-n 0": one after the other)
-	@exec $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
+	@exec $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-full: $(SETUP) ## Run all tests, the slow ones too
 	@exec $(PY) -m pytest $(ARGS)
