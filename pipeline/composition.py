@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser
 from pipeline.errors import UserError
-from pipeline.guidance import ClassifierFree, Guidance, Guided
+from pipeline.guidance import ClassifierFree, Guidance, Guided, under
 from pipeline.mcmc.kernels import dot
 from pipeline.mcmc.posterior import Measurement
 from pipeline.schedules import expand_as_batch
@@ -73,15 +73,15 @@ class _Composed(Guided):
         if u is None:
             raise UserError("A composition needs a condition u, and None was given.")
         null, *rest = (self.others[k : k + 1].expand(len(u)) for k in range(len(self.others)))
-        every, n = Condition.stack([u, *rest, null]), 2 + len(rest)
-        x, t = x_t.repeat(n, *[1] * (x_t.ndim - 1)), t.repeat(n) if t.ndim else t
-        values = getattr(self.denoiser, what)(x, t, every)
-        each = [v.unflatten(0, (n, -1)) for v in (values if type(values) is tuple else (values,))]
+        every = Condition.stack([u, *rest, null])
+        values = under(2 + len(rest), every, self.denoiser, what, x_t, t)
+        each = [torch.stack(of) for of in zip(*values, strict=True)]
         log_p = torch.zeros(1, len(u))
         if self.either > 1:
-            some = slice(0, self.either * len(u))
-            log_p = self.denoiser.log_prob(x[some], t[some] if t.ndim else t, every[some])
-        share = torch.softmax(log_p.reshape(self.either, -1), dim=0).to(x)
+            some = every[: self.either * len(u)]
+            chosen = under(self.either, some, self.denoiser, "log_prob", x_t, t)
+            log_p = torch.stack([one for (one,) in chosen])
+        share = torch.softmax(log_p, dim=0).to(x_t)
         strong = []
         for v in each:  # (K, B, *)
             either, rest = v[: self.either], v[self.either : -1] - v[-1]

@@ -17,7 +17,7 @@ from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser
 from pipeline.schedules import expand_as_batch
 
-__all__ = ["Autoguidance", "ByPart", "ClassifierFree", "Guidance", "Guided"]
+__all__ = ["Autoguidance", "ByPart", "ClassifierFree", "Guidance", "Guided", "under"]
 
 
 class Guidance(Part, ABC):
@@ -235,11 +235,9 @@ class _ClassifierFree(Guided):
             )
         both = u.beside(self.u_null)
         if self.scale == 0:
-            null = _tuple(getattr(self.denoiser, what)(x_t, t, both[: len(u)]))
+            (null,) = under(1, both[: len(u)], self.denoiser, what, x_t, t)
             return null, null
-        x_t, t = x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2) if t.ndim else t
-        values = _tuple(getattr(self.denoiser, what)(x_t, t, both))
-        weak, strong = zip(*(value.chunk(2) for value in values), strict=True)
+        weak, strong = under(2, both, self.denoiser, what, x_t, t)
         return weak, strong
 
 
@@ -259,12 +257,13 @@ class _ByPart(Guided):
         neither, picture = (u.replaced(self.u_null, every, part) for part in (None, "tokens"))
         terms = [(1 - w_p, neither), (w_p - w, picture), (w, u)]
         terms = [(c, v) for c, v in terms if c or (v is u and self.interval is not None)]
-        n = len(terms)
-        rows, t = x_t.repeat(n, *[1] * (x_t.ndim - 1)), t.repeat(n) if t.ndim else t
         given = Condition.stack([term for _, term in terms])
-        values = [v.chunk(n) for v in _tuple(getattr(self.denoiser, what)(rows, t, given))]
-        guided = [sum(c * d for (c, _), d in zip(terms, of, strict=True)) for of in values]
-        return tuple(guided), tuple(of[-1] for of in values)
+        values = under(len(terms), given, self.denoiser, what, x_t, t)
+        guided = [
+            sum(c * d for (c, _), d in zip(terms, of, strict=True))
+            for of in zip(*values, strict=True)
+        ]
+        return tuple(guided), values[-1]
 
 
 class _Autoguided(Guided):
@@ -275,6 +274,17 @@ class _Autoguided(Guided):
     def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:
         weak, strong = (getattr(one, what)(x_t, t, u) for one in (self.weak, self.denoiser))
         return _tuple(weak), _tuple(strong)
+
+
+def under(
+    n: int, conditions: Condition, denoiser: Denoiser, what: str, x_t: Tensor, t: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """What a method of a denoiser gives under each of n conditions of every row, (n · B), in one
+    batch.
+    """
+    rows, t = x_t.repeat(n, *[1] * (x_t.ndim - 1)), t.repeat(n) if t.ndim else t
+    values = _tuple(getattr(denoiser, what)(rows, t, conditions))
+    return list(zip(*(value.chunk(n) for value in values), strict=True))
 
 
 def _tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

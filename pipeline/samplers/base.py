@@ -63,9 +63,9 @@ class Sampler(Part, ABC):
         self.steps, self.rho = steps, rho
 
     @property
-    @abstractmethod
     def evaluations(self) -> int:
-        """The number of evaluations of the denoiser in one draw."""
+        """The number of evaluations of the denoiser in one draw: one at each time, or more."""
+        return self.steps
 
     @abstractmethod
     def step(

@@ -45,10 +45,6 @@ class DDIM(Sampler):
         super().__init__(steps, rho)
         self.eta = stochasticity(eta)
 
-    @property
-    def evaluations(self) -> int:
-        return self.steps
-
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
@@ -182,10 +178,6 @@ class DPMSolver(Sampler):
         super().__init__(steps, rho)
         self.eta = stochasticity(eta)
 
-    @property
-    def evaluations(self) -> int:
-        return self.steps
-
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
@@ -235,10 +227,6 @@ class UniPC(Sampler):
         if order < 1:
             raise ValueError(f"order = {order} must be at least 1.")
         self.order = order
-
-    @property
-    def evaluations(self) -> int:
-        return self.steps
 
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
