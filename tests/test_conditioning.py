@@ -474,6 +474,8 @@ def test_what_is_said_of_several_comes_back_from_its_text() -> None:
         {"machine": 'a, or "c"', "load": None},
         {"machine": None, "load": "2"},
         {"machine": None, "load": None},
+        {"machine": "a\nload=3", "load": "2"},
+        {"machine": "a\rload=3", "load": None},
     ):
         assert several().said(Several.text(said)) == said
 
@@ -502,6 +504,8 @@ def test_several_learn_what_is_open() -> None:
     [
         ("machin=b", "'machin=b' in 'machin=b' is not NAME=VALUE with a name of machine, load"),
         ("b, load=3", "'b' in"),
+        ("load=3\nb", "'b' in"),  # a line break parts as a comma does
+        (f"load={'3' * 140_000}", "is no line of CSV: field larger"),
         ("machine=c", "machine: There is no class 'c'"),
         ("load=much", "load: Vector 0 is 'much', which is not a list of numbers"),
         ("load=nan", "load: Vector 0 is .nan. with 1 numbers; 1 finite"),

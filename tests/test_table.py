@@ -223,6 +223,7 @@ def test_a_part_may_be_left_out(run: Path, tmp_path: Path) -> None:
         ("machine,load\nd,0.5\n", "machine: There is no class 'd'; the classes are a, b, c"),
         ("machine,load\na,0.5,7\n", "(no column)=['7']"),
         ("machine,load\n", "holds a header and no rows"),
+        (f"machine,load\na,{'1' * 140_000}\n", "asked.csv cannot be read as CSV: field larger"),
     ],
 )
 def test_rows_that_cannot_be_asked_for_are_a_sentence(

@@ -194,7 +194,11 @@ class Several(Conditioning):
 
     def said(self, value: str) -> dict[str, str | None]:
         """What a value says of each part, `None` where it leaves one out."""
-        cells = next(csv.reader(io.StringIO(value), skipinitialspace=True), [])
+        try:
+            lines = csv.reader(io.StringIO(value, newline=""), skipinitialspace=True)
+            cells = [cell for line in lines for cell in line]
+        except csv.Error as error:
+            raise UserError(f"{value[:40]!r}… is no line of CSV: {error}.") from error
         found: dict[str, str | None] = dict.fromkeys(self.parts)
         if len(found) == 1 and not any(cell.startswith(f"{[*found][0]}=") for cell in cells):
             return dict.fromkeys(found, value or None)
@@ -212,8 +216,8 @@ class Several(Conditioning):
         """The value that says so; what is `None` or empty is left out."""
         line = io.StringIO()
         full = [f"{name}={v}" for name, v in said.items() if v not in (None, "")]
-        csv.writer(line, lineterminator="").writerow(full)
-        return line.getvalue()
+        csv.writer(line, lineterminator="\r\n").writerow(full)  # which it quotes within a cell
+        return line.getvalue()[:-2]
 
     def embed(self, values: Sequence[str]) -> Condition:
         tokens = torch.zeros(len(values), 1, self.dim, dtype=torch.float32)

@@ -213,7 +213,10 @@ def read_rows(file: Path) -> list[str]:
 
     how: Any = {"skipinitialspace": True, "restkey": "(no column)"}
     with file.open(newline="", encoding="utf-8-sig") as opened:
-        rows = list(map(Several.text, csv.DictReader(opened, **how)))
+        try:
+            rows = list(map(Several.text, csv.DictReader(opened, **how)))
+        except csv.Error as error:
+            raise UserError(f"--prompts {file} cannot be read as CSV: {error}.") from error
     if not rows:
         raise UserError(f"--prompts {file} holds a header and no rows; write one per line.")
     return rows
