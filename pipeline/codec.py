@@ -225,7 +225,8 @@ class Columns(Codec):
         asked = [one.get("u") or {"prompt": one["prompt"]} for one in about]
         u = {name: [one[name] for one in asked] for name in asked[0]}
         x = dict(zip(self.names, rows.T.tolist(), strict=True))
-        return u | {"seed": [one["seed"] for one in about]} | x
+        own = "seed" if "seed" not in {*u, *x} else "seed of the draw"
+        return u | {own: [one["seed"] for one in about]} | x
 
     def write(
         self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]

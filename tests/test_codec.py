@@ -167,6 +167,16 @@ def test_rows_are_written_with_what_was_asked_for(tmp_path: Path) -> None:
     ]
 
 
+def test_a_column_named_seed_is_kept(tmp_path: Path) -> None:
+    """Of x or of u: the seed of the draw stands beside it."""
+    for names, u in ((["seed", "b", "c"], {"a": "1"}), (["a", "b", "c"], {"seed": "1"})):
+        codec = Standardised(names)
+        codec.learn(TABLE)
+        found = codec.columns(TABLE, [{"prompt": "", "seed": 7, "u": u}] * 3)
+        own = TABLE[:, 0].tolist() if "seed" in names else ["1"] * 3
+        assert found["seed"] == own and found["seed of the draw"] == [7] * 3
+
+
 @pytest.mark.parametrize("column", [[3.0, 3.0, 3.0], [1e9, 1e9 + 1, 1e9 + 2]])
 def test_a_column_that_does_not_vary_is_refused(column: list[float]) -> None:
     with pytest.raises(UserError, match="Column 'flat' varies by .* leave it out, or subtract"):
