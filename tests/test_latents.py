@@ -12,6 +12,7 @@ from tiny import ROOT, command
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
 from pipeline.codec import Codec
+from pipeline.conditioning import Downsampled
 from pipeline.data import Hub
 from pipeline.errors import UserError
 from pipeline.latents import Latents
@@ -75,6 +76,8 @@ def test_what_does_not_fit_is_a_sentence(
     before = Latents(str(folder), 3, 16, 16)
     with pytest.raises(UserError, match="another than the model was trained with"):
         Latents(str(save(tmp_path / "other", seed=1)), 3, 16, 16, before.weights)
+    with pytest.raises(UserError, match=r"of pictures and data\.autoencoder learns latents"):
+        Hub(str(tmp_path), Downsampled(2), size=16, autoencoder=str(folder))
     with pytest.raises(UserError, match=r"data\.flip mirrors pictures"):
         Hub(str(tmp_path), None, size=16, flip=True, autoencoder=str(folder))
 

@@ -491,5 +491,7 @@ def test_a_run_begins_with_the_weights_of_another(
     assert anew and all("network.modulate" in name for name in anew), anew
     assert all(equal(found[name], begun[name]) for name in found if name not in anew)
 
+    assert main(["fit", "--resume", str(run), "--init_from", str(old)]) == 2
+    assert "is for a run that begins" in capsys.readouterr().err
     with pytest.raises(UserError, match="no weight of it fits this network"):
         begin(SimpleNamespace(denoiser=torch.nn.Linear(2, 2)), Checkpoint(old))  # type: ignore

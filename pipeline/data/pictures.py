@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from pipeline.codec import Pixels
-from pipeline.conditioning import Conditioning
+from pipeline.conditioning import Conditioning, Picture
 from pipeline.data.base import DataModule, Rows, Source
 from pipeline.distributed import each, on_machine
 from pipeline.errors import UserError
@@ -80,6 +80,11 @@ class Pictures(DataModule):
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < 8:
             raise UserError(f"data.size is {size}; a picture needs sides of at least 8 pixels.")
+        if autoencoder and isinstance(conditioning, Picture):
+            raise UserError(
+                "data.conditioning is of pictures and data.autoencoder learns latents, whose "
+                "sides are others: set one of them to null."
+            )
         self.frame = (channels, height, width)
         codec = Latents(autoencoder, *self.frame) if autoencoder else Pixels(*self.frame)
         super().__init__(codec, conditioning, **more)

@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     """Train, and say how to go on when asked to stop. Returns the exit code."""
     files, folder, start = resumed(args)
+    if start is not None and args.init_from is not None and args.resume != "auto":
+        raise UserError(
+            f"--init_from {args.init_from} is for a run that begins, and this one goes on from "
+            f"{start}: leave one of them out."
+        )
     goes_on, step = args.resume == "auto", 0
     from pipeline.callbacks import Stopped
     from pipeline.checkpoint import Checkpoint
