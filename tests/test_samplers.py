@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from test_denoisers import OUTPUTS, SCHEDULES
 from torch import Tensor
 
 from pipeline.condition import Condition, U
 from pipeline.denoisers import (
-    EDM,
-    Clean,
     Denoiser,
-    Epsilon,
-    Flow,
     Preconditioned,
     ScoreDenoiser,
-    V,
 )
 from pipeline.mcmc import HMC, MALA, ULA, GaussianMixture, HalfDenoising, Target
 from pipeline.networks import Network
@@ -36,10 +32,8 @@ from pipeline.samplers import (
     State,
     UniPC,
 )
-from pipeline.schedules import VE, VP, Cosine, DiscreteVP, Rectified, Schedule
+from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
-SCHEDULES = [VP(), Cosine(), VE(), Rectified(), DiscreteVP()]
-OUTPUTS = [EDM, Flow, Clean, Epsilon, V]
 SAMPLERS = [
     DDIM(64),
     DDIM(256, eta=1.0),
