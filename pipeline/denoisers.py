@@ -37,20 +37,8 @@ from pipeline.networks import Network
 from pipeline.networks.layers import pool, zero
 from pipeline.schedules import Schedule, expand_as_batch
 
-__all__ = [
-    "EDM",
-    "Clean",
-    "Denoiser",
-    "Energy",
-    "Epsilon",
-    "Extrapolated",
-    "Flow",
-    "FromScore",
-    "Preconditioned",
-    "ScoreDenoiser",
-    "V",
-    "check_twice_differentiable",
-]
+__all__ = ["EDM", "Clean", "Denoiser", "Energy", "Epsilon", "Extrapolated", "Flow", "FromScore"]
+__all__ += ["Preconditioned", "ScoreDenoiser", "V", "check_twice_differentiable"]
 
 
 class Denoiser(Part, nn.Module, ABC):

@@ -21,21 +21,8 @@ from torch import Tensor, distributed
 
 from pipeline.errors import UserError
 
-__all__ = [
-    "assembled",
-    "barrier",
-    "collected",
-    "each",
-    "first",
-    "gather",
-    "in_turn",
-    "join",
-    "on_machine",
-    "parted",
-    "place",
-    "share",
-    "total",
-]
+__all__ = ["assembled", "barrier", "collected", "each", "first", "gather", "in_turn", "join"]
+__all__ += ["on_machine", "parted", "place", "share", "total"]
 
 T = TypeVar("T")
 

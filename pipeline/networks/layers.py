@@ -9,21 +9,9 @@ from torch.nn import functional as F
 from pipeline.condition import U
 from pipeline.errors import UserError
 
-__all__ = [
-    "CONV",
-    "CrossAttention",
-    "LevelEmbedding",
-    "SelfAttention",
-    "attend",
-    "check_condition",
-    "check_planes",
-    "check_sides",
-    "fold",
-    "pool",
-    "unfold",
-    "width_groups",
-    "zero",
-]
+__all__ = ["CONV", "CrossAttention", "LevelEmbedding", "SelfAttention", "attend"]
+__all__ += ["check_condition", "check_planes", "check_sides", "fold", "pool", "unfold"]
+__all__ += ["width_groups", "zero"]
 
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
