@@ -138,16 +138,9 @@ class Generator:
         progress: Callable[[State], object] | None = None,
     ) -> Iterator[Tensor]:
         """Draw as `__call__` does, and yield x itself, (up to micro_batch, \\*shape)."""
-        denoiser, (rank, world) = self.denoiser, self.place()
+        denoiser, (rank, world) = self.guided(), self.place()
         index = {value: k for k, value in enumerate(dict.fromkeys(values))}
         table = self.embed(list(index))
-        if self.conditioning is not None and self.guidance is not None:
-            no = self.guidance.negative
-            null = self.conditioning.null() if no is None else self.conditioning.embed([no])
-            others = [self.conditioning.embed([one]) for one in self.guidance.others]
-            denoiser = self.guidance(denoiser, Condition.stack([null, *others]).to(self.device))
-        elif self.guidance is not None and not self.guidance.needs_condition:
-            denoiser = self.guidance(denoiser, None)
         training = self.denoiser.training
         self.denoiser.eval()
         try:
@@ -164,6 +157,18 @@ class Generator:
                 yield from drawn[: len(values) - start].split(micro_batch)
         finally:
             self.denoiser.train(training)
+
+    def guided(self) -> Denoiser:
+        """The denoiser as it is guided; whatever the guidance refuses is said here."""
+        guidance, conditioning = self.guidance, self.conditioning
+        if guidance is None or (conditioning is None and guidance.needs_condition):
+            return self.denoiser
+        if conditioning is None:
+            return guidance(self.denoiser, None)
+        no, guidance.blocks = guidance.negative, conditioning.blocks
+        null = conditioning.null() if no is None else conditioning.embed([no])
+        others = [conditioning.embed([one]) for one in guidance.others]
+        return guidance(self.denoiser, Condition.stack([null, *others]).to(self.device))
 
     def given(self, prompt: Any, picture: Image.Image) -> Given:
         """What is drawn from, of a prompt and a person's picture in RGBA; `ValueError` where the

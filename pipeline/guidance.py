@@ -7,7 +7,7 @@ denoisers; its log-density, up to a constant, is that of the two log-densities.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.building import Part, describe
 from pipeline.condition import Condition, U
 from pipeline.denoisers import Denoiser
+from pipeline.errors import UserError
 from pipeline.schedules import expand_as_batch
 
 __all__ = ["Autoguidance", "ByPart", "ClassifierFree", "Guidance", "Guided", "under"]
@@ -34,6 +35,8 @@ class Guidance(Part, ABC):
         negative: What stands in place of the null condition, a prompt or a class name; `None`
             for nothing.
         others: Further prompts, whose conditions follow the null condition when it is called.
+        blocks: The columns of a token of each part of a condition of several, by its name; who
+            draws says so before it is called.
 
     Raises:
         ValueError: The interval is not two numbers, 0 ≤ least < greatest.
@@ -45,6 +48,7 @@ class Guidance(Part, ABC):
     needs_condition = True
     negative: str | None = None
     others: tuple[str, ...] = ()
+    blocks: Mapping[str, slice] = {}
 
     def __init__(self, scale: float, interval: Sequence[float] | None = None) -> None:
         if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1]):
@@ -114,9 +118,12 @@ class ByPart(ClassifierFree):
     .. math:: D_w = D(\varnothing, \varnothing)
         + w_p \, \big( D(\varnothing, p) - D(\varnothing, \varnothing) \big)
         + w \, \big( D(c, p) - D(\varnothing, p) \big)
+        + \sum_k (w_k - 1) \, \big( D(c, p) - D(c_{\setminus k}, p) \big)
 
-    One batch of the terms whose coefficient is not 0. Where u has one part, its scale is used. The
-    other arguments are those of `ClassifierFree`.
+    The last sum is over parts of `Several`, :math:`c_{\setminus k}` leaving part k out: with
+    :math:`w = w_p = 1` the law is :math:`p(x \mid u) \prod_k p(u_k \mid x, u_{\setminus k})^{w_k
+    - 1}`. One batch of the terms whose coefficient is not 0. Where u has tokens or planes alone,
+    their scale is used. The other arguments are those of `ClassifierFree`.
 
     References:
         | Brooks et al., 2023, equation (3); https://arxiv.org/abs/2211.09800
@@ -124,6 +131,10 @@ class ByPart(ClassifierFree):
     Arguments:
         scale: The scale w of the tokens.
         planes_scale: The scale w_p of the planes; 1 leaves them as the data have them.
+        parts: The scale w_k of parts by their names, `{machine: 2.0}`; 1 for those left away.
+
+    Raises:
+        UserError: A part has no such name.
     """
 
     def __init__(
@@ -132,13 +143,19 @@ class ByPart(ClassifierFree):
         planes_scale: float = 1.0,
         interval: Sequence[float] | None = None,
         negative: str | None = None,
+        parts: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(scale, interval, negative)
-        self.planes_scale = float(planes_scale)
+        self.planes_scale, self.parts = float(planes_scale), dict(parts or {})
 
     def __call__(self, denoiser: Denoiser, u_null: U) -> Denoiser:
         if u_null is None:
             raise ValueError("Guidance by part needs a null condition, and there is none.")
+        if unknown := self.parts.keys() - self.blocks.keys():
+            raise UserError(
+                f"guidance.parts names {min(unknown)!r}; the condition's parts by name are "
+                f"{', '.join(self.blocks) or 'none'}."
+            )
         return _ByPart(denoiser, u_null, self)
 
 
@@ -245,6 +262,7 @@ class _ByPart(Guided):
     def __init__(self, denoiser: Denoiser, u_null: Condition, guidance: ByPart) -> None:
         super().__init__(denoiser, guidance)
         self.u_null, self.scales = u_null, (guidance.scale, guidance.planes_scale)
+        self.blocks = [(w, guidance.blocks[name]) for name, w in guidance.parts.items()]
         self.interval = guidance.interval if guidance.scale else None  # see `_ClassifierFree`
         self.scale = 0.0  # the first of `_both` is guided already
 
@@ -255,7 +273,9 @@ class _ByPart(Guided):
         w, w_p = w_p if u.tokens is None else w, w if u.planes is None else w_p
         every = torch.ones(len(u), dtype=torch.bool, device=x_t.device)
         neither, picture = (u.replaced(self.u_null, every, part) for part in (None, "tokens"))
-        terms = [(1 - w_p, neither), (w_p - w, picture), (w, u)]
+        more = [(1 - w_k, u.without(block, every)) for w_k, block in self.blocks]
+        own = w - sum(c for c, _ in more)
+        terms = [(1 - w_p, neither), (w_p - w, picture), *more, (own, u)]
         terms = [(c, v) for c, v in terms if c or (v is u and self.interval is not None)]
         given = Condition.stack([term for _, term in terms])
         values = under(len(terms), given, self.denoiser, what, x_t, t)

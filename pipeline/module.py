@@ -114,7 +114,7 @@ class ScoreModule(pl.LightningModule):
                 )
         parts = (self.denoiser, data.codec, data.conditioning, self.sampler, self.guidance)
         self.description = about(*parts, data=data, prompts=data.prompts())
-        self.blocks = () if data.conditioning is None else data.conditioning.blocks
+        self.blocks = [*data.conditioning.blocks.values()] if data.conditioning else []
 
     def on_train_start(self) -> None:
         """Let a run that goes on do so with the optimizer it is told, and count anew."""

@@ -460,7 +460,9 @@ def several() -> Several:
 
 def test_several_parts_stand_side_by_side() -> None:
     made, s = several(), (2 / 3) ** 0.5
-    assert made.dim == 4 and made.blocks == [slice(0, 2), slice(2, 4)] and not made.open
+    assert (
+        made.dim == 4 and [*made.blocks.values()] == [slice(0, 2), slice(2, 4)] and not made.open
+    )
     full = Several.text({"machine": "b", "load": 3.0})
     u = made.embed([full, "load=2, machine=b", "machine=b", "load=1", ""]).tokens[:, 0]
     expected = [[1, 0, 1, 1 / s], [1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, -1 / s], [0, 0, 0, 0]]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline.codec import Columns
 from pipeline.condition import Condition, U
 from pipeline.denoisers import EDM, Denoiser, Energy, ScoreDenoiser
+from pipeline.errors import UserError
 from pipeline.generator import Generator
 from pipeline.guidance import Autoguidance, ByPart, ClassifierFree
 from pipeline.mcmc.targets import GaussianMixture, NoDensity
@@ -256,6 +257,36 @@ def test_guidance_by_part_of_one_part_is_classifier_free(part: str) -> None:
     found = ByPart(**scales)(counter, null)(x_t, t, u)
     expected = ClassifierFree(3.0)(counter.inner, null)(x_t, t, u)
     assert torch.allclose(found, expected, rtol=CLOSE, atol=CLOSE) and counter.rows == [12]
+
+
+@pytest.mark.parametrize("t", TIMES[:2])
+def test_guidance_of_one_part_of_several(t: Tensor) -> None:
+    """φ of p(x | a, b) p(b | x, a)² / p(a | x, b), with Gaussian likelihoods of both."""
+    schedule, blocks = VP(), {"a": slice(0, 1), "b": slice(1, 3)}
+    x_t, u, null = inputs(schedule, t)
+    tokens = torch.rand(len(x_t), 1, 3, generator=torch.Generator().manual_seed(1)).to(x_t) + 0.5
+
+    class Likelihoods(Denoiser):
+        """φ of N(x; 0, 1) N(a; Σx, 1) N(b; x, 1), of the parts that are not null: D is linear in
+        it, and stands for it here.
+        """
+
+        def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
+            assert u is not None and u.tokens is not None
+            a, b = u.tokens[:, 0, :1], u.tokens[:, 0, 1:]
+            return -x_t + (a - x_t.sum(1, keepdim=True)) * (a != 0) + (b - x_t) * (b != 0)
+
+    denoiser = Counter(Likelihoods(schedule))
+    guidance = ByPart(1.0, parts={"b": 3.0, "a": 0.0})
+    guidance.blocks = blocks
+    b = tokens[:, 0, 1:]
+    expected = -x_t + 3 * (b - x_t)  # and 0 times that of a
+    found = guidance(denoiser, Condition(torch.zeros(1, 1, 3).double()))
+    assert torch.allclose(found(x_t, t, Condition(tokens)), expected, rtol=CLOSE, atol=CLOSE)
+    assert denoiser.rows == [3 * len(x_t)]  # u, and u without each
+    guidance.blocks = {}
+    with pytest.raises(UserError, match="guidance.parts names 'a'.*are none"):
+        guidance(denoiser, null)
 
 
 def test_guidance_by_part_has_an_interval_and_a_density() -> None:

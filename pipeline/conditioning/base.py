@@ -5,7 +5,7 @@ nothing else, and says by a fingerprint which conditioning it was trained with.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -22,13 +22,13 @@ class Conditioning(Part, ABC):
     Attributes:
         planes: The number C of planes of u.
         open: Whether it is still to `learn` from the data.
-        blocks: The columns of a token that belong to each of several parts, which training drops
-            one by one too.
+        blocks: The columns of a token that belong to each of several parts, by its name, which
+            training drops one by one too.
     """
 
     planes: int = 0
     open: bool = False
-    blocks: Sequence[slice] = ()
+    blocks: Mapping[str, slice] = {}
 
     @property
     @abstractmethod

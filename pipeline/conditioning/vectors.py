@@ -188,9 +188,9 @@ class Several(Conditioning):
         return sum(part.dim for part in self.parts.values())
 
     @property
-    def blocks(self) -> list[slice]:  # type: ignore[override]
+    def blocks(self) -> dict[str, slice]:  # type: ignore[override]
         ends = accumulate((part.dim for part in self.parts.values()), initial=0)
-        return [slice(*ends) for ends in pairwise(ends)]
+        return {name: slice(*two) for name, two in zip(self.parts, pairwise(ends), strict=True)}
 
     def said(self, value: str) -> dict[str, str | None]:
         """What a value says of each part, `None` where it leaves one out."""
@@ -222,10 +222,10 @@ class Several(Conditioning):
     def embed(self, values: Sequence[str]) -> Condition:
         tokens = torch.zeros(len(values), 1, self.dim, dtype=torch.float32)
         said = [self.said(value) for value in values]
-        for (name, part), block in zip(self.parts.items(), self.blocks, strict=True):
+        for name, block in self.blocks.items():
             rows = [i for i, one in enumerate(said) if one[name] is not None]
             try:
-                u: Any = part.embed([said[i][name] for i in rows])  # type: ignore[misc]
+                u: Any = self.parts[name].embed([said[i][name] for i in rows])  # type: ignore[misc]
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
             tokens[rows, :, block] = u.tokens

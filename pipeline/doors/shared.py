@@ -190,9 +190,7 @@ def choose(
                 f"it by: leave out --{told[-1]}, or use Autoguidance."
             )
         generator.guidance = None  # the run's, which it does not use
-    if generator.guidance is not None:
-        said = (generator.guidance.negative, *generator.guidance.others)
-        generator.embed([one for one in said if one is not None])  # what is wrong is found first
+    generator.guided()  # what is wrong is found first
     return {
         "sampler": brief(generator.sampler),
         "guidance": brief(generator.guidance),
