@@ -26,6 +26,7 @@ from pipeline.conditioning import Classes, Conditioning
 from pipeline.data import Batch, DataModule, Hub, Points, Relations, Shapes, pictures
 from pipeline.data.base import Rows, Source
 from pipeline.data.order import Order, Pass
+from pipeline.data.shapes import OPPOSITE
 from pipeline.errors import UserError
 from pipeline.mcmc.targets import GaussianMixture
 
@@ -351,9 +352,8 @@ def test_some_training_captions_leave_attributes_out() -> None:
 def test_mirrored_relations_are_held_out_together() -> None:
     data = Relations(None)
     seen, unseen = data.combinations("train"), data.combinations("unseen")
-    mirror = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert len(seen) + len(unseen) == 24 * 23 * 4 and 0.19 < len(unseen) / 2208 < 0.21
-    assert {pair._replace(first=pair.second, relation=mirror[pair.relation], second=pair.first)
+    assert {pair._replace(first=pair.second, relation=OPPOSITE[pair.relation], second=pair.first)
             for pair in unseen} == set(unseen)  # fmt: skip
     assert {pair.first for pair in seen} == {pair.second for pair in seen}
     assert len({pair.first for pair in seen}) == 24
@@ -365,6 +365,19 @@ def test_relations_draw_what_they_say(tmp_path: Path) -> None:
     i = next(i for i, c in enumerate(captions) if c.startswith("a red") and "left of a blue" in c)
     left, right = x[i, :, :, :16].astype(int), x[i, :, :, 16:].astype(int)
     assert (left[0] - left[2]).sum() > 1000 and (right[2] - right[0]).sum() > 1000
+
+
+def test_training_captions_of_relations_may_say_one_object() -> None:
+    data = Relations(None, 4, alone=0.5)
+    said, plan = data.values("train"), data.plan("train")[0]
+    whole = [one.caption for one in plan]
+    alone = [f"{one.first.caption} {one.relation} something" for one in plan]
+    assert all(a in (b, c) for a, b, c in zip(said, whole, alone, strict=True))
+    assert 0.47 < np.mean([a == b for a, b in zip(said, alone, strict=True)]) < 0.53
+    assert not any("something" in one for one in data.values("val") + data.captions("unseen"))
+    assert Relations(None, 4).values("train") == whole
+    with pytest.raises(UserError, match=r"data.alone is 1.5; it must be from 0 to 1"):
+        Relations(None, alone=1.5)
 
 
 def test_shapes_columns(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ RELATIONS = {  # where the first object is, and where the second
     "above": ((16.0, 8.5), (16.0, 23.5)),
     "below": ((16.0, 23.5), (16.0, 8.5)),
 }
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 class Attributes(NamedTuple):
@@ -74,15 +75,16 @@ class Attributes(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two objects and how the first lies to the second."""
+    """Two objects and how the first lies to the second, which may be left unsaid."""
 
     first: Attributes
     relation: str
-    second: Attributes
+    second: Attributes | None
 
     @property
     def caption(self) -> str:
-        return f"{self.first.caption} {self.relation} {self.second.caption}"
+        other = self.second.caption if self.second else "something"
+        return f"{self.first.caption} {self.relation} {other}"
 
 
 def coverage(
@@ -250,28 +252,48 @@ class Shapes(Drawings):
 
 
 class Relations(Drawings):
-    """Two flat objects on white, and a caption that says how they lie; the arguments are those of
-    `Drawings`. There are 1,768 seen captions.
+    """Two flat objects on white, and a caption that says how they lie. There are 1,768 seen
+    captions.
 
     "A left of B" and "B right of A" are the same picture, so they are held out together.
+
+    Arguments:
+        per_combination: See `Drawings`.
+        alone: The share of training captions that say one object only, "a red circle left of
+            something": what a composition of two is made of.
+        more: See `Drawings`.
     """
 
     jitter = 1.5
     radius = 5.5
+
+    def __init__(
+        self,
+        conditioning: Conditioning | None,
+        per_combination: int = 32,
+        alone: float = 0.0,
+        **more: Any,
+    ) -> None:
+        super().__init__(conditioning, per_combination, **more)
+        if not 0 <= alone <= 1:
+            raise UserError(f"data.alone is {alone}; it must be from 0 to 1.")
+        self.alone = alone
 
     def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
         """Seen and unseen: of what may stand right of an object, or below, a fifth is held out."""
         objects = [Attributes(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
         objects = [objects[i] for i in generator.permutation(len(objects))]
         seen, unseen = [], []
-        for (i, a), (j, b), (k, axis) in product(
+        for (i, a), (j, b), (k, relation) in product(
             enumerate(objects),
             enumerate(objects),
-            enumerate((("left of", "right of"), ("above", "below"))),
+            enumerate(("left of", "above")),
         ):
             if a != b:
                 held_out = (i + 2 * j + k) % 5 == 0
-                (unseen if held_out else seen).extend([Pair(a, axis[0], b), Pair(b, axis[1], a)])
+                (unseen if held_out else seen).extend(
+                    [Pair(a, relation, b), Pair(b, OPPOSITE[relation], a)]
+                )
         return sorted(seen), sorted(unseen)
 
     def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
@@ -282,6 +304,9 @@ class Relations(Drawings):
         first = draw([one.first for one in plan], x[:, 0], y[:, 0], radius[:, 0])
         second = draw([one.second for one in plan], x[:, 1], y[:, 1], radius[:, 1])
         return (first + second - np.array(BACKGROUND)[:, None, None]).round().astype(np.uint8)
+
+    def partial(self, one: Any, generator: np.random.Generator) -> Any:
+        return one._replace(second=None) if generator.random() < self.alone else one
 
 
 def known(split: str) -> str:
