@@ -185,7 +185,9 @@ def test_class_folders(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     data = sequences(sounds, tmp_path / "cache", caption="label", conditioning=Classes())
     data.prepare_data()
     said = capsys.readouterr().err
-    assert "20 WAV files in" in said and "left out: 1 not WAV files (notes.txt)" in said
+    assert (
+        "20 WAV or npy files in" in said and "left out: 1 not WAV or npy files (notes.txt)" in said
+    )
     assert "1 are cut at data.length 64" in said or "1 are filled up to it" in said
     assert data.sizes() == {"u_dim": 2, "planes": 0, "channels": 1, "dims": 1}
     rows = data.rows("train")
@@ -212,7 +214,7 @@ def test_captions_of_metadata(tmp_path: Path) -> None:
     rows = sequences(tmp_path / "s", tmp_path / "cache").rows("train")
     assert [f"sound {row[0, 0]}" for row in rows.x] == rows.values
     (tmp_path / "s/metadata.jsonl").write_text('{"file_name": "9.wav", "caption": "no"}')
-    with pytest.raises(UserError, match="names '9.wav', which is no WAV file in"):
+    with pytest.raises(UserError, match="names '9.wav', which is no WAV or npy file in"):
         sequences(tmp_path / "s", tmp_path / "cache").rows("train")
 
 
@@ -234,6 +236,30 @@ def test_kinds_of_samples(samples: np.ndarray, expected: list[int], tmp_path: Pa
     if samples.ndim == 2:
         both = sequences(tmp_path / "s", tmp_path / "cache", length=2, channels=2)
         assert both.read({"path": str(file)}).tolist() == samples.T.tolist()
+
+
+def test_arrays_of_npy_files(tmp_path: Path) -> None:
+    x = np.linspace(-1, 1, 12).reshape(2, 6).astype(np.float32)
+    kinds = {"float": x, "whole": (x * 32767).round().astype(np.int16), "half": x[0]}
+    for name, array in kinds.items():
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", array)
+        data = sequences(
+            tmp_path / name, tmp_path / "cache", length=8, channels=min(array.ndim, 2)
+        )
+        read = data.read({"path": str(tmp_path / name / "a.npy")})
+        expected = np.atleast_2d(kinds["whole"] if array.ndim == 2 else kinds["whole"][0])
+        assert (read == np.pad(expected, ((0, 0), (0, 2)))).all() and read.dtype == np.int16
+    for bad, said in (
+        (x[:, :, None], r"an array \(2, 6, 1\) of float32; expected"),
+        (x.astype(np.int64), "of int64; expected"),
+        (2 * x, "numbers outside of -1 to 1"),
+        (x * np.nan, "numbers outside of -1 to 1, or none"),
+        (np.array(["a", None], object), "allow_pickle"),
+    ):
+        np.save(tmp_path / "float" / "a.npy", bad, allow_pickle=True)
+        with pytest.raises(ValueError, match=said):  # which stops the run with the file's name
+            data.read({"path": str(tmp_path / "float" / "a.npy")})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +286,7 @@ def test_bad_files_and_folders_are_said(sounds: Path, tmp_path: Path) -> None:
         sequences(sounds, tmp_path / "cache", caption="label").rows("train")
     (tmp_path / "empty").mkdir()
     for path, said in (
-        (tmp_path / "empty", "holds no WAV files and no parquet files, but nothing"),
+        (tmp_path / "empty", "holds no WAV or npy files and no parquet files, but nothing"),
         (tmp_path / "none", "is not there"),
         (sounds / "bell" / "1.wav", "give parquet files, a folder"),
     ):

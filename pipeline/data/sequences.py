@@ -1,4 +1,4 @@
-"""Signals: WAV files, and chirps whose captions can be read back from them."""
+"""Signals: WAV and npy files, and chirps whose captions can be read back from them."""
 
 import warnings
 from collections.abc import Sequence
@@ -29,12 +29,13 @@ NAMED = {
 
 
 class Sequences(Hub):
-    """A folder of WAV files, with captions or class folders as :class:`pipeline.data.Hub` reads
-    them of pictures.
+    """A folder of WAV or npy files, with captions or class folders as
+    :class:`pipeline.data.Hub` reads them of pictures.
 
-    Of a file the first `length` samples are taken, or all and then zeros, which is said. Samples
-    of 8, 24 and 32 bits and floating-point numbers become 16 bits. A file of another rate or
-    number of channels stops the run.
+    An npy file is an array of one dimension, or of channels by samples, of int16 or of numbers
+    from −1 to 1. Of a file the first `length` samples are taken, or all and then zeros, which is
+    said. Samples of 8, 24 and 32 bits and floating-point numbers become 16 bits. A file of
+    another rate or number of channels stops the run.
 
     Arguments:
         path: The folder.
@@ -45,14 +46,14 @@ class Sequences(Hub):
         val_split: The split to validate on; null holds out one in twenty training rows.
         length: The number of samples. A network folds it: a power of 2 is good.
         channels: 1 takes the mean of a file's channels; else as many as each file has.
-        rate: The samples in a second of every file.
+        rate: The samples in a second of every file; an npy file does not say its own.
         batch_size: The size of a global batch: all devices together.
         seed: What decides the order.
         cache_dir: Where signals and embeddings are kept; `~/.cache/conditional-pipeline` if null.
     """
 
     kind = np.int16
-    holds = "WAV file", lambda name: name.lower().endswith(".wav")
+    holds = "WAV or npy file", lambda name: name.lower().endswith((".wav", ".npy"))
 
     def __init__(
         self,
@@ -87,12 +88,15 @@ class Sequences(Hub):
         return found
 
     def read(self, image: dict | None) -> np.ndarray:
-        """A WAV file → int16 (C, L)."""
+        """A WAV or npy file → int16 (C, L)."""
         from scipy.io import wavfile
 
-        rate, samples = wavfile.read((image or {})["path"])
-        channels, length = self.shape
-        samples = samples.reshape(len(samples), -1)  # (L, C)
+        path, (channels, length) = (image or {})["path"], self.shape
+        if path.lower().endswith(".npy"):
+            rate, samples = self.codec.rate, checked(np.load(path, allow_pickle=False))
+        else:
+            rate, samples = wavfile.read(path)
+            samples = samples.reshape(len(samples), -1)  # (L, C)
         if rate != self.codec.rate:
             raise ValueError(f"{rate} samples a second: set data.rate to it, or resample it")
         if channels not in (1, samples.shape[1]):
@@ -102,6 +106,18 @@ class Sequences(Hub):
         k = (samples[:length].astype(np.float64) - 128 * (unit == 256)) * unit
         k = np.pad(k if channels > 1 else k.mean(1, keepdims=True), ((0, length - len(k)), (0, 0)))
         return k.T.round().clip(-32768, 32767).astype(np.int16)
+
+
+def checked(x: np.ndarray) -> np.ndarray:
+    """An array of an npy file, (C, L) or (L,) → (L, C)."""
+    if x.ndim not in (1, 2) or not (x.dtype == np.int16 or x.dtype.kind == "f"):
+        raise ValueError(
+            f"an array {x.shape} of {x.dtype}; expected (samples,) or (channels, samples), of "
+            "int16 or floating-point numbers"
+        )
+    if x.dtype.kind == "f" and not (abs(x) <= 1).all():
+        raise ValueError("numbers outside of -1 to 1, or none; divide by the largest of all files")
+    return np.atleast_2d(x).T
 
 
 class Chirps(DataModule):
