@@ -5,26 +5,35 @@ mean square of the difference, in grey levels; beside it the same with what anot
 (each row the next one's), and for pictures drawn from the prompt alone. Then how far the drawn
 pictures are from the true ones, and these from the true ones of other rows.
 
+A model that is given no picture, such as the default, draws by moment matching, from the prompt
+and what is known of the picture, and from the latter alone.
+
     python benchmarks/planes.py --checkpoint runs/super_resolution/TIME --out super_resolution.png
+    python benchmarks/planes.py --checkpoint runs/shapes/TIME --task masked
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.conditioning import Picture
+from pipeline.composition import MomentMatching
+from pipeline.conditioning import Downsampled, Given, Masked, Picture
 from pipeline.data import DataModule
 from pipeline.generator import Generator
+from pipeline.noise import Noise
 from pipeline.png import contact_sheet
 
 DRAWS = 3  # of each picture in the sheet
+TASKS = {"masked": Masked, "downsampled": Downsampled}
 
 
 def levels(difference: Tensor, where: Tensor) -> float:
@@ -45,38 +54,68 @@ def measured(picture: Picture, x: Tensor, given: Tensor, truth: Tensor) -> dict[
     return found
 
 
+def matched(
+    generator: Generator, picture: Picture, values: Sequence[Given], truth: Tensor, scale: float
+) -> Tensor:
+    """Draws of a model of prompts alone, by moment matching, given what is known of each picture;
+    with `scale` 0 the prompt is not.
+    """
+    drawn = []
+    for i, value in enumerate(values):
+        y = torch.where(value.planes[-1:] == 1, truth[i], torch.nan)
+        if isinstance(picture, Downsampled):
+            y = avg_pool2d(truth[i], picture.factor)
+        generator.guidance = MomentMatching(y, scale=scale)
+        drawn += generator.draw([value.prompt], [i], micro_batch=1)
+    return torch.cat(drawn)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a checkpoint or a run's folder")
     parser.add_argument("--number", type=int, default=48, help="held-out pictures")
     parser.add_argument("--shown", type=int, default=12, help="pictures of the sheet")
     parser.add_argument("--path", help="where the data are now, if they have moved")
+    parser.add_argument("--task", choices=TASKS, help="for a model that is given no picture")
     parser.add_argument("--out", default="planes.png")
     args = parser.parse_args()
     checkpoint = Checkpoint(args.checkpoint)
     generator = Generator.from_checkpoint(args.checkpoint)
     picture, codec = generator.conditioning, generator.codec
-    assert isinstance(picture, Picture), "the model is given no picture"
     if args.path:
         checkpoint.about["data"]["init_args"]["path"] = args.path
     values, rows = checkpoint.data(DataModule).held_out(args.number)
-    given, truth = torch.stack([value.planes for value in values]), codec.encode(rows)
-    x = torch.cat(list(generator.draw(values, range(args.number))))
-    print("from picture and prompt:", json.dumps(measured(picture, x, given, truth)))
-    if picture.prompt is not None:
-        alone = [str(value) for value in values]
-        x_alone = torch.cat(list(generator.draw(alone, range(args.number))))
-        print("from the prompt alone:", json.dumps(measured(picture, x_alone, given, truth)))
+    truth = codec.encode(rows)
+    if isinstance(picture, Picture):
+        given = torch.stack([value.planes for value in values])
+        x = torch.cat(list(generator.draw(values, range(args.number))))
+        print("from picture and prompt:", json.dumps(measured(picture, x, given, truth)))
+        if picture.prompt is not None:
+            alone = [str(value) for value in values]
+            x_alone = torch.cat(list(generator.draw(alone, range(args.number))))
+            print("from the prompt alone:", json.dumps(measured(picture, x_alone, given, truth)))
+        more = [codec.decode(x)]
+        for k in range(1, DRAWS):
+            seeds = range(k * args.number, k * args.number + args.shown)
+            more.append(torch.cat(list(generator(values[: args.shown], seeds))))
+    else:
+        picture = TASKS[args.task or "masked"]()
+        picture.see(codec.shape)
+        given = picture(truth, picture.known(truth, Noise("known")))
+        values = [Given(prompt, planes) for prompt, planes in zip(values, given, strict=True)]
+        more = []
+        for scale, name in ((1.0, "picture and prompt"), (0.0, "the picture alone")):
+            x = matched(generator, picture, values, truth, scale)
+            print(f"from {name}:", json.dumps(measured(picture, x, given, truth)), flush=True)
+            more.append(codec.decode(x))
     cells, captions = [], []
-    more = [codec.decode(x)]
-    for k in range(1, DRAWS):
-        seeds = range(k * args.number, k * args.number + args.shown)
-        more.append(torch.cat(list(generator(values[: args.shown], seeds))))
     for i, value in enumerate(values[: args.shown]):
         known = codec.decode(value.planes[:-1].expand(codec.shape))
         cells += [known, *(some[i] for some in more), rows[i]]
-        captions += ["given", str(value), *[""] * (DRAWS - 1), "true"]
-    contact_sheet(torch.stack(cells), captions, columns=2 * (DRAWS + 2), side=64).save(args.out)
+        captions += ["given", str(value), *[""] * (len(more) - 1), "true"]
+    contact_sheet(torch.stack(cells), captions, columns=2 * (len(more) + 2), side=64).save(
+        args.out
+    )
 
 
 if __name__ == "__main__":
