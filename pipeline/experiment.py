@@ -327,6 +327,7 @@ def quiet() -> None:
         "exists and is not empty",
         "The `srun` command is available",
         "It is recommended to use `self.log",  # what is logged is of all devices already
+        "is smaller than the logging interval",  # which is counted in steps, whatever the epoch
     ):
         warnings.filterwarnings("ignore", message=f".*{said}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
