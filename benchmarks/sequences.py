@@ -94,8 +94,9 @@ def adherence(rows: np.ndarray, wanted: Sequence[Words]) -> dict[str, float]:
 
 
 def features(rows: np.ndarray, decibels: float) -> np.ndarray:
-    """Spectra in decibels, no lower than so many below full scale: of the whole signal in bands,
-    and the loudness of short pieces, sorted. With shape (N, channels × (BANDS + MOMENTS + 2)).
+    """Spectra in decibels, what is more below full scale being so many: of the whole signal in
+    bands, and the loudness of short pieces, sorted. With shape (N, channels × (BANDS + MOMENTS +
+    2)).
     """
     x = rows / 32767
     size = min(2 ** round(math.log2(x.shape[-1]) / 2 + 1), x.shape[-1])
@@ -104,11 +105,11 @@ def features(rows: np.ndarray, decibels: float) -> np.ndarray:
 
     def loud(p: np.ndarray, count: int) -> np.ndarray:
         parts = np.array_split(p, min(count, p.shape[-1]), axis=-1)
-        return 10 * np.log10(np.stack([part.mean(-1) for part in parts], -1) + least)
+        return 10 * np.log10(np.stack([part.mean(-1) for part in parts], -1).clip(least))
 
     bands = loud(power.mean(-1), BANDS)
     pieces = loud(np.sort(power.sum(2), axis=-1), MOMENTS)
-    peak = 10 * np.log10(np.stack([abs(x).max(-1), x.std(-1)], -1) ** 2 + least)
+    peak = 10 * np.log10((np.stack([abs(x).max(-1), x.std(-1)], -1) ** 2).clip(least))
     return np.concatenate((bands, pieces, peak), -1).reshape(len(x), -1)
 
 
