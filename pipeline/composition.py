@@ -147,7 +147,7 @@ class _Measured(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         law, f = self.law, self.law.factor(x_t)
-        alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
+        alpha_t, sigma_t = self.schedule.scales(t, x_t)
         with torch.inference_mode(False), torch.enable_grad():
             # what was made in inference mode cannot be differentiated, its copy can
             x_t, t, u = x_t.clone().requires_grad_(), t.clone(), None if u is None else u.clone()

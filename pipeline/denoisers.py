@@ -35,7 +35,7 @@ from pipeline.errors import UserError
 from pipeline.mcmc.targets import GaussianMixture, NoDensity, Scaled, Target
 from pipeline.networks import Network
 from pipeline.networks.layers import pool, zero
-from pipeline.schedules import Schedule, expand_as_batch
+from pipeline.schedules import Scale, Schedule
 
 __all__ = ["EDM", "Clean", "Denoiser", "Energy", "Epsilon", "Extrapolated", "Flow", "FromScore"]
 __all__ += ["Preconditioned", "ScoreDenoiser", "V", "check_twice_differentiable"]
@@ -66,7 +66,7 @@ class Denoiser(Part, nn.Module, ABC):
         r"""The score :math:`\phi(x_t \mid u) = (\alpha_t D - x_t) / \sigma_t^2`, with the shape of
         x_t.
         """
-        alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
+        alpha_t, sigma_t = self.schedule.scales(t, x_t)
         return (alpha_t * self(x_t, t, u) - x_t) / sigma_t**2
 
     def log_prob(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
@@ -148,8 +148,8 @@ class Extrapolated(Target):
 
     def _laws(self, y: Tensor) -> Iterator[tuple[float, Target]]:
         """The law of y at each ratio, and its weight."""
-        for weight, t in zip(self.weights, self.times.to(y), strict=True):
-            alpha_t, _ = self.denoiser.schedule(t)
+        for weight, t in zip(self.weights, self.times, strict=True):
+            alpha_t, _ = self.denoiser.schedule.at(t)
             yield weight, Scaled(self.denoiser.at(t, self.u), alpha_t)
 
     def score(self, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class FromScore(Denoiser):
         """The score, from which D follows."""
 
     def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
-        alpha_t, sigma_t = (expand_as_batch(s, x_t) for s in self.schedule(t))
+        alpha_t, sigma_t = self.schedule.scales(t, x_t)
         return (x_t + sigma_t**2 * self.score(x_t, t, u)) / alpha_t
 
 
@@ -212,8 +212,8 @@ class Preconditioned(Denoiser):
         + c_\text{out}(s) \, F\big(c_\text{in}(s) \, y, \log s, u\big),
         \quad y = x_t / \alpha_t, \quad s = \sigma_t / \alpha_t
 
-    The scales and the sum are computed in the type of x_t, at least float32; the network may run
-    in a lower one.
+    The sum is computed in the type of x_t, at least float32, and so are the scales of a time for
+    each row; those of one time for all are numbers. The network may run in a lower type.
 
     Arguments:
         network: The network F(x, level, u), whose output has the shape of x.
@@ -228,29 +228,37 @@ class Preconditioned(Denoiser):
         )
 
     @abstractmethod
-    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The scales :math:`c_\text{in}, c_\text{skip}, c_\text{out}` at noise ratio s, with the
-        shape of s.
+    def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
+        r"""The scales :math:`c_\text{in}, c_\text{skip}, c_\text{out}` at noise ratio s: numbers,
+        or with the shape of s.
         """
 
     def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
-        alpha_t, sigma_t = self.schedule(t)
+        alpha_t, sigma_t = self.schedule.scales(t, x_t)
         s = sigma_t / alpha_t
-        c_in, c_skip, c_out = (expand_as_batch(c, x_t) for c in self.scales(s))
-        y = x_t / expand_as_batch(alpha_t, x_t)
+        c_in, c_skip, c_out = self.scales(s)
+        if isinstance(c_out, float):  # one operation before the network, two behind it
+            f = self.output(x_t * (c_in / alpha_t), s, u)
+            return torch.add(x_t * (c_skip / alpha_t), f, alpha=c_out) if c_skip else c_out * f
+        y = x_t / alpha_t
         return c_skip * y + c_out * self.output(c_in * y, s, u)
 
-    def output(self, z: Tensor, s: Tensor, u: U) -> Tensor:
+    def output(self, z: Tensor, s: Scale, u: U) -> Tensor:
         r"""The network's output :math:`F(z, \log s, u)`, in the type of z."""
+        if isinstance(s, Tensor):
+            level = torch.log(s).reshape(-1).expand(len(z))
+        else:
+            level = z.new_full((len(z),), math.log(s))
+        if self.precision is None and not torch.is_autocast_enabled(z.device.type):
+            return self.network(z, level, u).to(z.dtype)
         with torch.autocast(z.device.type, self.precision, enabled=self.precision is not None):
-            f = self.network(z, torch.log(s).expand(len(z)), u)
-        return f.to(z.dtype)
+            return self.network(z, level, u).to(z.dtype)
 
     def weight(self, t: Tensor) -> Tensor:
         r"""The weight :math:`1 / c_\text{out}^2` that puts the error of D in units of the
         network's output.
         """
-        return self.scales(self.schedule.ratio(t))[2] ** -2
+        return self.scales(self.schedule.ratio(t))[2] ** -2  # type: ignore[return-value]
 
 
 class EDM(Preconditioned):
@@ -280,7 +288,7 @@ class EDM(Preconditioned):
             )
         self.sigma_data = sigma_data
 
-    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
         total = s**2 + self.sigma_data**2
         return total**-0.5, self.sigma_data**2 / total, s * self.sigma_data * total**-0.5
 
@@ -302,7 +310,7 @@ class Flow(Preconditioned):
         schedule: The noise schedule.
     """
 
-    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
         share = 1 / (1 + s)
         return share, share, -s * share
 
@@ -326,8 +334,8 @@ class Epsilon(Preconditioned):
         schedule: The noise schedule.
     """
 
-    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (1 + s**2) ** -0.5, torch.ones_like(s), -s
+    def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
+        return (1 + s**2) ** -0.5, s**0, -s
 
 
 class V(Preconditioned):
@@ -350,7 +358,7 @@ class V(Preconditioned):
         schedule: The noise schedule.
     """
 
-    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
         alpha = (1 + s**2) ** -0.5
         return alpha, alpha**2, -s * alpha
 
@@ -375,8 +383,8 @@ class Clean(EDM):
         sigma_data: The standard deviation :math:`\sigma_d` of the data.
     """
 
-    def scales(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return super().scales(s)[0], torch.zeros_like(s), torch.ones_like(s)
+    def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
+        return super().scales(s)[0], 0 * s, s**0
 
 
 class Energy(FromScore, EDM):
@@ -428,20 +436,19 @@ class Energy(FromScore, EDM):
             self.normaliser = nn.Sequential(nn.Linear(width, 64), nn.SiLU(), last)
 
     def log_prob(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
-        alpha_t, sigma_t = self.schedule(t)
+        alpha_t, sigma_t = self.schedule.scales(t, x_t)
         s = sigma_t / alpha_t
         c = self.scales(s)[0] / alpha_t
-        z = expand_as_batch(c, x_t) * x_t
+        z = c * x_t
         with sdpa_kernel(SDPBackend.MATH):
             f = self.output(z, s, u)
-        k = expand_as_batch(self.sigma_data / s, x_t)
-        log_p = (z * (k * f - z / 2)).flatten(1).sum(dim=1)
+        log_p = (z * (self.sigma_data / s * f - z / 2)).flatten(1).sum(dim=1)
         if self.normaliser is None:
             return log_p
-        level = torch.log(s).expand(len(x_t))[:, None]
+        log_s, log_c = (torch.as_tensor(v).to(x_t).log().reshape(-1) for v in (s, c))
         tokens = [] if u is None or u.tokens is None else [pool(u.tokens)]
-        parts = torch.cat([level, *tokens], dim=1)
-        log_norm = x_t[0].numel() * torch.log(c / math.sqrt(2 * math.pi))
+        parts = torch.cat([log_s.expand(len(x_t))[:, None], *tokens], dim=1)
+        log_norm = x_t[0].numel() * (log_c - math.log(2 * math.pi) / 2)
         return log_p + log_norm - self.normaliser(parts)[:, 0]
 
     def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:

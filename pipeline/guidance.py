@@ -209,19 +209,25 @@ class Guided(Denoiser):
         """What a method of the weaker denoiser gives, and that of the stronger."""
 
     def _combined(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[Tensor, ...]:
+        scale = self._scale(t)
+        if scale is None:
+            return _tuple(getattr(self.denoiser, what)(x_t, t, u))
+        both = zip(*self._both(what, x_t, t, u), strict=True)
+        if isinstance(scale, Tensor):
+            return tuple(torch.lerp(a, b, expand_as_batch(scale.to(x_t), a)) for a, b in both)
+        return tuple(torch.lerp(a, b, scale) for a, b in both)
+
+    def _scale(self, t: Tensor) -> float | Tensor | None:
+        """The scale at a time, of each row where each has its own; `None` where nothing guides."""
         if self.interval is None:
-            weak, strong = self._both(what, x_t, t, u)
-            return tuple(torch.lerp(a, b, self.scale) for a, b in zip(weak, strong, strict=True))
+            return self.scale
         least, greatest = self.interval
+        if not t.ndim:
+            alpha_t, sigma_t = self.schedule.at(t)
+            return self.scale if least <= sigma_t / alpha_t <= greatest else None
         s = self.schedule.ratio(t)
         inside = (least <= s) & (s <= greatest)
-        if not inside.any():
-            return _tuple(getattr(self.denoiser, what)(x_t, t, u))
-        weak, strong = self._both(what, x_t, t, u)
-        scale = torch.where(inside, self.scale, 1.0).to(x_t.dtype)
-        return tuple(
-            torch.lerp(a, b, expand_as_batch(scale, a)) for a, b in zip(weak, strong, strict=True)
-        )
+        return torch.where(inside, self.scale, 1.0) if inside.any() else None
 
     def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:
         return self._combined("__call__", x_t, t, u)[0]

@@ -16,13 +16,18 @@ every time.
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pipeline.building import Part
 
-__all__ = ["VE", "VP", "Cosine", "DiscreteVP", "Rectified", "Schedule", "expand_as_batch"]
+__all__ = ["VE", "VP", "Cosine", "DiscreteVP", "Rectified", "Scale", "Schedule"]
+__all__ += ["expand_as_batch"]
+
+
+Scale = float | Tensor  # a number for all rows, or one for each that broadcasts against them
 
 
 def expand_as_batch(scale: Tensor, x: Tensor) -> Tensor:
@@ -70,6 +75,27 @@ class Schedule(Part, ABC):
         r"""The noise ratio :math:`\sigma_t / \alpha_t`, with the shape of t."""
         alpha_t, sigma_t = self(t)
         return sigma_t / alpha_t
+
+    def at(self, t: Tensor) -> tuple[float, float]:
+        r""":math:`\alpha_t` and :math:`\sigma_t` at a single time of shape (), as numbers: they
+        are of float64 and computed once. A time that is not on the CPU is waited for.
+        """
+        return _at(self, t.item())
+
+    def scales(self, t: Tensor, x: Tensor) -> tuple[Scale, Scale]:
+        r""":math:`\alpha_t` and :math:`\sigma_t` to multiply x, with shape (B, *): numbers at a
+        single time, or else tensors that broadcast against it.
+        """
+        if not t.ndim:
+            return self.at(t)
+        alpha_t, sigma_t = self(t)
+        return expand_as_batch(alpha_t, x), expand_as_batch(sigma_t, x)
+
+
+@lru_cache(maxsize=4096)
+def _at(schedule: Schedule, t: float) -> tuple[float, float]:
+    alpha_t, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))
+    return alpha_t.item(), sigma_t.item()
 
 
 class VP(Schedule):

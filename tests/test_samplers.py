@@ -711,7 +711,9 @@ def test_evaluations_are_counted(sampler: Sampler, mixture: GaussianMixture) -> 
     counter, progress = Counter(ScoreDenoiser(mixture, Cosine())), []
     u = onehot(0, 4)
     drawn = sampler(counter, empty(4), u, Noise(0), progress.append)
-    assert len(counter.times) == sampler.evaluations
+    r = Cosine().ratio(sampler.grid(Cosine()))
+    saved = (r[:-1] > 10 * r[1:]).sum() if isinstance(sampler, Heun) else 0  # a long step's second
+    assert len(counter.times) == sampler.evaluations - saved
     assert len(progress) == sampler.steps and progress[-1].x is drawn
     assert counter.u is u and drawn.shape == (4, 2) and not drawn.requires_grad
     if not isinstance(sampler, Langevin):

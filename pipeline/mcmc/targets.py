@@ -212,10 +212,10 @@ class Scaled(Target):
 
     Arguments:
         target: The law of x.
-        scale: The units c, positive, with the shape of one x.
+        scale: The units c, positive, with the shape of one x, or a number.
     """
 
-    def __init__(self, target: Target, scale: Tensor) -> None:
+    def __init__(self, target: Target, scale: Tensor | float) -> None:
         self.target, self.scale = target, scale
 
     def score(self, x: Tensor) -> Tensor:

@@ -57,9 +57,10 @@ class Adaptive(Sampler):
     def init(self, denoiser: Denoiser, like: Tensor, t: Tensor, u: U, noise: Noise) -> State:
         x, schedule = super().init(denoiser, like, t, u, noise).x, denoiser.schedule
         last = schedule.ratio(torch.zeros_like(t))
-        left = torch.log(schedule.ratio(t) / last).expand(len(x))  # in log r, of each row
-        k = slope(denoiser, x / schedule(t)[0], last * left.exp(), u)
-        return State(x, (x / schedule(t)[0], k, last, left, left / 8, self.steps - 1))
+        left = torch.log(schedule.ratio(t) / last).to(x).expand(len(x))  # in log r, of each row
+        y = x / schedule.at(t)[0]
+        k = slope(denoiser, y, last * left.exp(), u)
+        return State(x, (y, k, last, left, left / 8, self.steps - 1))
 
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise

@@ -10,6 +10,7 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from pipeline.building import Part
 from pipeline.condition import U
 from pipeline.denoisers import Denoiser
 from pipeline.noise import Noise
-from pipeline.schedules import Schedule, expand_as_batch
+from pipeline.schedules import Schedule
 
 __all__ = ["Sampler", "State"]
 
@@ -64,7 +65,9 @@ class Sampler(Part, ABC):
 
     @property
     def evaluations(self) -> int:
-        """The number of evaluations of the denoiser in one draw: one at each time, or more."""
+        """The number of evaluations of the denoiser in one draw, at most: one at each time, or
+        more.
+        """
         return self.steps
 
     @abstractmethod
@@ -76,8 +79,8 @@ class Sampler(Part, ABC):
         Arguments:
             denoiser: The denoiser.
             state: The state at time t.
-            t: The time, with shape ().
-            s: The next time, with shape (), s < t.
+            t: The time, with shape (), in float64 on the CPU.
+            s: The next time, likewise, s < t.
             u: The condition, or `None`.
             noise: Where the noise comes from.
         """
@@ -98,11 +101,11 @@ class Sampler(Part, ABC):
         Arguments:
             denoiser: The denoiser.
             like: A tensor with the shape, type and device of what is drawn.
-            t: The first time, with shape ().
+            t: The first time, with shape (), in float64 on the CPU.
             u: The condition, or `None`.
             noise: Where the noise comes from.
         """
-        return State(expand_as_batch(denoiser.schedule(t)[1], like) * noise.normal(like))
+        return State(denoiser.schedule.at(t)[1] * noise.normal(like))
 
     def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         """The step that ends at the last time t, whose x is the drawn :math:`x_0`: the mean D."""
@@ -130,9 +133,9 @@ class Sampler(Part, ABC):
         Returns:
             The drawn :math:`x_0`, with the shape of like.
         """
-        times = self.grid(denoiser.schedule).to(like)
+        times = self.grid(denoiser.schedule).unbind()  # on the CPU, where they can be numbers
         state = self.init(denoiser, like, times[0], u, noise)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             state = self.step(denoiser, state, t, s, u, noise)
             if progress is not None:
                 progress(state)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ __all__ = ["DDIM", "DPMSolver", "Heun", "UniPC"]
 
 LONG = 10.0  # the ratio r_t / r_s above which a step is DDIM's; 18 times have at most 8.9
 # Gauss's rule on [-1, 1]; exact to 1e-11 for polynomials times e^(τ h / 2), h up to 11
-NODES, SHARES = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
+NODES, SHARES = np.polynomial.legendre.leggauss(16)
 
 
 class DDIM(Sampler):
@@ -48,16 +49,13 @@ class DDIM(Sampler):
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
-        x_t = state.x
-        d = denoiser(x_t, t, u)
-        n = (x_t - alpha_t * d) / sigma_t
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
+        tau = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2
+        keep = sigma_s / sigma_t * math.sqrt(1 - self.eta**2 * tau)
+        x_s = torch.add(keep * state.x, denoiser(state.x, t, u), alpha=alpha_s - alpha_t * keep)
         if self.eta:
-            tau = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2
-            n = torch.sqrt(1 - self.eta**2 * tau) * n + self.eta * torch.sqrt(tau) * noise.normal(
-                x_t
-            )
-        return State(alpha_s * d + sigma_s * n)
+            x_s.add_(noise.normal(x_s), alpha=sigma_s * self.eta * math.sqrt(tau))
+        return State(x_s)
 
 
 class Heun(Sampler):
@@ -70,10 +68,10 @@ class Heun(Sampler):
     .. math:: \tilde y = y_t + (r_s - r_t) \, f(y_t, r_t), \quad
         y_s = y_t + \tfrac{r_s - r_t}{2} \big( f(y_t, r_t) + f(\tilde y, r_s) \big)
 
-    A step with :math:`r_t > 10 \, r_s` is Euler's, that of `DDIM`. On Gaussian data Euler never
-    draws a law too wide, and Heun may by the factor :math:`r_t / 5 \, r_s` about: the slope that
-    falls to 0 at :math:`r_s` says nothing of most of a long step. The times of the default have
-    no such step; two or three would end a hundred times too wide.
+    A step with :math:`r_t > 10 \, r_s` is Euler's, that of `DDIM`, of one evaluation. On Gaussian
+    data Euler never draws a law too wide, and Heun may by the factor :math:`r_t / 5 \, r_s` about:
+    the slope that falls to 0 at :math:`r_s` says nothing of most of a long step. The times of the
+    default have no such step; two or three would end a hundred times too wide.
 
     With churn S each step first goes back to more noise, by fresh noise, and starts from there:
 
@@ -86,7 +84,7 @@ class Heun(Sampler):
         | Karras et al., 2022, algorithms 1, 2; https://arxiv.org/abs/2206.00364
 
     Arguments:
-        steps: The number of times N; 2 N − 1 evaluations.
+        steps: The number of times N; 2 N − 1 evaluations, one less for each long step.
         rho: The exponent of the grid; see `Sampler`.
         churn: The paper's :math:`S_\text{churn} \geq 0`; 0 is the probability-flow equation.
         interval: The least and the greatest noise ratio at which noise is added, the paper's
@@ -121,14 +119,16 @@ class Heun(Sampler):
         x_t = state.x
         if self.churn:
             x_t, t = self._churned(denoiser.schedule, x_t, t, noise)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
-        r_t, r_s = sigma_t / alpha_t, sigma_s / alpha_s
-        y = x_t / alpha_t
-        slope = (y - denoiser(x_t, t, u)) / r_t
-        ahead = y + (r_s - r_t) * slope
-        slope_ahead = (ahead - denoiser(alpha_s * ahead, s, u)) / r_s
-        slope_ahead = torch.where(r_t > LONG * r_s, slope, slope_ahead)
-        return State(alpha_s * (y + (r_s - r_t) / 2 * (slope + slope_ahead)))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
+        k = sigma_s * alpha_t / (alpha_s * sigma_t)  # r_s / r_t
+        d, x = denoiser(x_t, t, u), alpha_s / alpha_t * k * x_t
+        ahead = torch.add(x, d, alpha=alpha_s * (1 - k))
+        if k * LONG < 1:
+            return State(ahead)
+        # y_s above, as a combination of y_t, D and D at the end
+        share = alpha_s * (1 - k) / (2 * k)
+        x.add_(d, alpha=share * (2 * k - 1)).add_(denoiser(ahead, s, u), alpha=share)
+        return State(x)
 
     def _churned(
         self, schedule: Schedule, x_t: Tensor, t: Tensor, noise: Noise
@@ -137,9 +137,9 @@ class Heun(Sampler):
         r_t, (least, greatest) = schedule.ratio(t), self.interval
         more = schedule.time(r_t * (1 + min(self.churn / self.steps, math.sqrt(2) - 1)))
         more = torch.where((least <= r_t) & (r_t <= greatest), more, t)
-        fresh = (schedule.ratio(more) ** 2 - r_t**2).clamp(min=0).sqrt()
-        y = x_t / schedule(t)[0] + self.inflate * fresh * noise.normal(x_t)
-        return schedule(more)[0] * y, more
+        fresh = (schedule.ratio(more) ** 2 - r_t**2).clamp(min=0).sqrt().item()
+        y = x_t / schedule.at(t)[0] + self.inflate * fresh * noise.normal(x_t)
+        return schedule.at(more)[0] * y, more
 
 
 class DPMSolver(Sampler):
@@ -181,19 +181,19 @@ class DPMSolver(Sampler):
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
         shrink = sigma_s * alpha_t / (sigma_t * alpha_s)
-        h = -torch.log(shrink)
-        d = denoiser(state.x, t, u)
-        ahead = d
-        if state.memory is not None:
-            d_before, h_before = state.memory
-            ahead = d + h / (2 * h_before) * (d - d_before)
-            ahead = torch.where(shrink * LONG < 1, d, ahead)
+        h, d = -math.log(shrink), denoiser(state.x, t, u)
         keep = shrink**self.eta**2
-        x_s = alpha_s * torch.lerp(ahead, state.x / alpha_t, shrink * keep)
+        x_s, share = alpha_s / alpha_t * shrink * keep * state.x, alpha_s * (1 - shrink * keep)
+        if state.memory is not None and shrink * LONG >= 1:
+            d_before, h_before = state.memory
+            line = h / (2 * h_before)
+            x_s.add_(d, alpha=share * (1 + line)).add_(d_before, alpha=-share * line)
+        else:
+            x_s.add_(d, alpha=share)
         if self.eta:
-            x_s = x_s + sigma_s * torch.sqrt(1 - keep**2) * noise.normal(x_s)
+            x_s.add_(noise.normal(x_s), alpha=sigma_s * math.sqrt(1 - keep**2))
         return State(x_s, (d, h))
 
 
@@ -231,8 +231,8 @@ class UniPC(Sampler):
     def step(
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)
-        here, there = torch.log(alpha_t / sigma_t), torch.log(alpha_s / sigma_s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
+        here, there = math.log(alpha_t / sigma_t), math.log(alpha_s / sigma_s)
         y, values = state.x / alpha_t, [(here, denoiser(state.x, t, u))]
         if state.memory is not None:
             y_before, before = state.memory
@@ -243,20 +243,30 @@ class UniPC(Sampler):
 
 
 def integrated(
-    y: Tensor, here: Tensor, there: Tensor, values: Sequence[tuple[Tensor, Tensor]]
+    y: Tensor, here: float, there: float, values: Sequence[tuple[float, Tensor]]
 ) -> Tensor:
     """y brought from one λ to another by the polynomial through the values (λ, D)."""
-    h, tau = there - here, (1 + NODES.to(y)) / 2
-    kernel = SHARES.to(y) / 2 * h * torch.exp((tau - 1) * h)
-    if len(values) == 2:
-        tau, kernel = tau.new_full((1,), 0.5), -torch.expm1(-h[None])
-    tau = torch.where(h > math.log(LONG), 0, tau)  # D where the step begins
-    y = torch.exp(-h) * y
-    for place, d in values:
-        others = [other for other, _ in values if other is not place]
-        basis = [(here + tau * h - other) / (place - other) for other in others]
-        y = y + math.prod(basis, start=kernel).sum() * d
+    y = math.exp(here - there) * y
+    weights = shares(here, there, tuple(place for place, _ in values))
+    for weight, (_, d) in zip(weights, values, strict=True):
+        y.add_(d, alpha=weight)
     return y
+
+
+@lru_cache(maxsize=4096)
+def shares(here: float, there: float, places: tuple[float, ...]) -> list[float]:
+    """The weight in that integral of each D, by its λ; computed once."""
+    h, tau = there - here, (1 + NODES) / 2
+    kernel = SHARES / 2 * h * np.exp((tau - 1) * h)
+    if len(places) == 2:
+        tau, kernel = np.array([0.5]), -np.expm1([-h])
+    if h > math.log(LONG):
+        tau = 0 * tau  # D where the step begins
+    others = [[other for other in places if other is not place] for place in places]
+    return [
+        float(math.prod([(here + tau * h - b) / (a - b) for b in rest], start=kernel).sum())
+        for a, rest in zip(places, others, strict=True)
+    ]
 
 
 def stochasticity(eta: float) -> float:

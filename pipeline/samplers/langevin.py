@@ -89,7 +89,7 @@ class Langevin(Sampler):
         return schedule.time(ratio).repeat(self.steps)
 
     def init(self, denoiser: Denoiser, like: Tensor, t: Tensor, u: U, noise: Noise) -> State:
-        alpha_t, sigma_t = denoiser.schedule(t)
+        alpha_t, sigma_t = denoiser.schedule.at(t)
         law = Scaled(Extrapolated(denoiser, self.ratios, u), sigma_t / alpha_t)
         y = self.start * noise.normal(like)
         return State(alpha_t * y, (law, self.kernel.init(law, y * alpha_t / sigma_t)))
@@ -99,7 +99,7 @@ class Langevin(Sampler):
     ) -> State:
         law, chain = state.memory
         chain, info = self.kernel.step(law, chain, noise)
-        return State(denoiser.schedule(t)[1] * chain.x, (law, chain), info.acceptance)
+        return State(denoiser.schedule.at(t)[1] * chain.x, (law, chain), info.acceptance)
 
     def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         state = self.step(denoiser, state, t, t, u, noise)
@@ -151,7 +151,7 @@ class AnnealedLangevin(Sampler):
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         state = walk(self.kernel, self.updates, denoiser, state.x, t, u, noise)
-        return state._replace(x=denoiser.schedule(s)[0] / denoiser.schedule(t)[0] * state.x)
+        return state._replace(x=denoiser.schedule.at(s)[0] / denoiser.schedule.at(t)[0] * state.x)
 
     def last(self, denoiser: Denoiser, state: State, t: Tensor, u: U, noise: Noise) -> State:
         state = walk(self.kernel, self.updates, denoiser, state.x, t, u, noise)
@@ -243,7 +243,7 @@ def walk(
     noise: Noise,
 ) -> State:
     """The state after some updates of a chain at time t, with their mean acceptance."""
-    sigma_t = denoiser.schedule(t)[1]
+    sigma_t = denoiser.schedule.at(t)[1]
     law = Scaled(denoiser.at(t, u), sigma_t)
     chain, accepted = kernel.init(law, x_t / sigma_t), []
     for _ in range(updates):
@@ -255,4 +255,4 @@ def walk(
 
 def clean(denoise: bool, denoiser: Denoiser, x_t: Tensor, t: Tensor, u: U) -> Tensor:
     r"""What is drawn: D, or :math:`x_t / \alpha_t` as it is."""
-    return denoiser(x_t, t, u) if denoise else x_t / denoiser.schedule(t)[0]
+    return denoiser(x_t, t, u) if denoise else x_t / denoiser.schedule.at(t)[0]

@@ -83,21 +83,21 @@ class Likelihood:
         with torch.inference_mode(False), torch.no_grad():
             # what was made in inference mode cannot take part in a derivative, its copy can
             u = None if u is None else u.clone()
-            times = self.path.grid(denoiser.schedule).flip(0).to(x)
-            state = State(denoiser.schedule(times[0])[0] * x)
+            times = self.path.grid(denoiser.schedule).flip(0)
+            state = State(denoiser.schedule.at(times[0])[0] * x)
             traces = [self._trace(denoiser, state.x, times[0], u, noise)]
             for t, s in zip(times[:-1], times[1:], strict=True):
                 state = self.path.step(denoiser, state, t, s, u, noise)
                 traces.append(self._trace(denoiser, state.x, s, u, noise))
-            log_ratio = torch.log(denoiser.schedule.ratio(times))
-            z = (state.x / denoiser.schedule(times[-1])[1]).flatten(1)
+            log_ratio = torch.log(denoiser.schedule.ratio(times)).to(x)
+            z = (state.x / denoiser.schedule.at(times[-1])[1]).flatten(1)
             start = -0.5 * (z**2 + math.log(2 * math.pi)).sum(dim=1)
             gain = torch.trapezoid(torch.stack(traces), log_ratio, dim=0)
             return start - z.shape[1] * log_ratio[0] - gain
 
     def _trace(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, u: U, noise: Noise) -> Tensor:
         """The trace of J at time t, exact or estimated, with shape (B,)."""
-        alpha_t, _ = denoiser.schedule(t)
+        alpha_t, _ = denoiser.schedule.at(t)
         with torch.enable_grad():
             x_t = x_t.clone().requires_grad_()
             d = denoiser(x_t, t, u)
