@@ -142,7 +142,7 @@ class MomentMatching(ClassifierFree):
 class _Measured(Denoiser):
     def __init__(self, denoiser: Denoiser, guidance: MomentMatching) -> None:
         super().__init__(denoiser.schedule)
-        self.denoiser, self.law = denoiser, guidance.measurement
+        self.denoiser, self.law, self.jumps = denoiser, guidance.measurement, denoiser.jumps
         self.iterations = guidance.iterations
 
     def forward(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:

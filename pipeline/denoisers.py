@@ -46,7 +46,13 @@ class Denoiser(Part, nn.Module, ABC):
 
     Arguments:
         schedule: The noise schedule.
+
+    Attributes:
+        jumps: The noise ratios at which D is not continuous, but for a guidance that begins or
+            ends: none.
     """
+
+    jumps: tuple[float, ...] = ()
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -445,10 +451,12 @@ class Energy(FromScore, EDM):
         log_p = (z * (self.sigma_data / s * f - z / 2)).flatten(1).sum(dim=1)
         if self.normaliser is None:
             return log_p
-        log_s, log_c = (torch.as_tensor(v).to(x_t).log().reshape(-1) for v in (s, c))
+        log_s, log_c = (
+            torch.as_tensor(v, dtype=x_t.dtype, device=x_t.device).log() for v in (s, c)
+        )
         tokens = [] if u is None or u.tokens is None else [pool(u.tokens)]
-        parts = torch.cat([log_s.expand(len(x_t))[:, None], *tokens], dim=1)
-        log_norm = x_t[0].numel() * (log_c - math.log(2 * math.pi) / 2)
+        parts = torch.cat([log_s.reshape(-1, 1).expand(len(x_t), 1), *tokens], dim=1)
+        log_norm = x_t[0].numel() * (log_c.reshape(-1) - math.log(2 * math.pi) / 2)
         return log_p + log_norm - self.normaliser(parts)[:, 0]
 
     def score(self, x_t: Tensor, t: Tensor, u: U = None) -> Tensor:

@@ -203,6 +203,7 @@ class Guided(Denoiser):
     def __init__(self, denoiser: Denoiser, guidance: Guidance) -> None:
         super().__init__(denoiser.schedule)
         self.denoiser, self.scale, self.interval = denoiser, guidance.scale, guidance.interval
+        self.jumps = (*denoiser.jumps, *(self.interval or ()))
 
     @abstractmethod
     def _both(self, what: str, x_t: Tensor, t: Tensor, u: U) -> tuple[tuple, tuple]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from pipeline.noise import Noise
 from pipeline.schedules import Schedule
 
 __all__ = ["Sampler", "State"]
+
+
+SMALL = 1e-9  # of a noise ratio
 
 
 class State(NamedTuple):
@@ -95,6 +99,21 @@ class Sampler(Part, ABC):
             t[-1] = 0.0
         return t
 
+    def times(self, denoiser: Denoiser) -> Tensor:
+        """The grid, stretched so that a time lies just below each noise ratio at which D jumps."""
+        t = self.grid(denoiser.schedule)
+        r = denoiser.schedule.ratio(t)
+        jumps = sorted(j for j in denoiser.jumps if r[-1] < j < r[0])
+        if not jumps or len(jumps) > len(t) - 2:
+            return t
+        v, k = (r ** (1 / self.rho)).flip(0).numpy(), np.arange(len(t))
+        found = np.interp(np.array(jumps) ** (1 / self.rho), v, k)  # where they are in the grid
+        near = np.round(found).clip(1, len(t) - 2)
+        moved = np.interp(k, [0, *near, k[-1]], [0, *found, k[-1]])
+        r = torch.from_numpy(np.interp(moved, k, v) ** self.rho).flip(0)
+        t[1:-1] = denoiser.schedule.time(r * (1 - SMALL))[1:-1]
+        return t
+
     def init(self, denoiser: Denoiser, like: Tensor, t: Tensor, u: U, noise: Noise) -> State:
         r"""The state before the first step: noise, :math:`x_t = \sigma_t n`.
 
@@ -133,7 +152,7 @@ class Sampler(Part, ABC):
         Returns:
             The drawn :math:`x_0`, with the shape of like.
         """
-        times = self.grid(denoiser.schedule).unbind()  # on the CPU, where they can be numbers
+        times = self.times(denoiser).unbind()  # on the CPU, where they can be numbers
         state = self.init(denoiser, like, times[0], u, noise)
         for t, s in pairwise(times):
             state = self.step(denoiser, state, t, s, u, noise)
@@ -143,3 +162,8 @@ class Sampler(Part, ABC):
         if progress is not None:
             progress(state)
         return state.x
+
+
+def crosses(denoiser: Denoiser, above: float, below: float) -> bool:
+    """Whether D jumps between two noise ratios."""
+    return any(below < jump <= above for jump in denoiser.jumps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.condition import U
 from pipeline.denoisers import Denoiser
 from pipeline.noise import Noise
-from pipeline.samplers.base import Sampler, State
+from pipeline.samplers.base import Sampler, State, crosses
 from pipeline.schedules import Schedule
 
 __all__ = ["DDIM", "DPMSolver", "Heun", "UniPC"]
@@ -123,7 +123,7 @@ class Heun(Sampler):
         k = sigma_s * alpha_t / (alpha_s * sigma_t)  # r_s / r_t
         d, x = denoiser(x_t, t, u), alpha_s / alpha_t * k * x_t
         ahead = torch.add(x, d, alpha=alpha_s * (1 - k))
-        if k * LONG < 1:
+        if k * LONG < 1 or crosses(denoiser, sigma_t / alpha_t, sigma_s / alpha_s):
             return State(ahead)
         # y_s above, as a combination of y_t, D and D at the end
         share = alpha_s * (1 - k) / (2 * k)
@@ -182,19 +182,19 @@ class DPMSolver(Sampler):
         self, denoiser: Denoiser, state: State, t: Tensor, s: Tensor, u: U, noise: Noise
     ) -> State:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
-        shrink = sigma_s * alpha_t / (sigma_t * alpha_s)
-        h, d = -math.log(shrink), denoiser(state.x, t, u)
+        r_t, d = sigma_t / alpha_t, denoiser(state.x, t, u)
+        shrink = sigma_s / alpha_s / r_t
         keep = shrink**self.eta**2
         x_s, share = alpha_s / alpha_t * shrink * keep * state.x, alpha_s * (1 - shrink * keep)
-        if state.memory is not None and shrink * LONG >= 1:
-            d_before, h_before = state.memory
-            line = h / (2 * h_before)
-            x_s.add_(d, alpha=share * (1 + line)).add_(d_before, alpha=-share * line)
-        else:
+        r_before, d_before = state.memory or (r_t, d)
+        if r_before == r_t or shrink * LONG < 1 or crosses(denoiser, r_before, r_t):
             x_s.add_(d, alpha=share)
+        else:
+            line = math.log(shrink) / (2 * math.log(r_t / r_before))
+            x_s.add_(d, alpha=share * (1 + line)).add_(d_before, alpha=-share * line)
         if self.eta:
             x_s.add_(noise.normal(x_s), alpha=sigma_s * math.sqrt(1 - keep**2))
-        return State(x_s, (d, h))
+        return State(x_s, (r_t, d))
 
 
 class UniPC(Sampler):
@@ -234,8 +234,8 @@ class UniPC(Sampler):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
         here, there = math.log(alpha_t / sigma_t), math.log(alpha_s / sigma_s)
         y, values = state.x / alpha_t, [(here, denoiser(state.x, t, u))]
-        if state.memory is not None:
-            y_before, before = state.memory
+        y_before, before = state.memory or (y, [])
+        if before and not crosses(denoiser, math.exp(-before[0][0]), math.exp(-here)):
             values += before
             y = integrated(y_before, before[0][0], here, values)
         values = values[: self.order]
