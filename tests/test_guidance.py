@@ -1,5 +1,7 @@
 """Guidance: a linear combination of two scores, at the cost of one batch."""
 
+import math
+
 import pytest
 import torch
 from energies import one_hot
@@ -14,7 +16,7 @@ from pipeline.guidance import Autoguidance, ByPart, ClassifierFree
 from pipeline.mcmc.targets import GaussianMixture, NoDensity
 from pipeline.networks import MLP, Network
 from pipeline.noise import Noise, PictureNoise
-from pipeline.samplers import Heun
+from pipeline.samplers import DDIM, DPMSolver, Heun, UniPC
 from pipeline.schedules import VE, VP, Cosine, Rectified, Schedule
 
 SCHEDULES = [VP(), Cosine(), VE(), Rectified()]
@@ -308,6 +310,47 @@ def test_guidance_by_part_has_an_interval_and_a_density() -> None:
         ByPart()(denoiser, None)
     with pytest.raises(ValueError, match="needs a condition u"):
         ByPart()(denoiser, null)(x_t, t, None)
+
+
+@pytest.mark.parametrize("schedule", [VP(), Rectified()], ids=named)
+@pytest.mark.parametrize(
+    ("family", "order"), [(DDIM, 1), (Heun, 2), (DPMSolver, 2), (UniPC, 3)], ids=str
+)
+def test_samplers_keep_their_order_where_guidance_begins_and_ends(
+    family: type[DDIM | Heun | DPMSolver | UniPC], order: int, schedule: Schedule
+) -> None:
+    """Of D that jumps at two noise ratios: without a time there, and with steps that look across,
+    errors fall by a factor of 3 for four times the steps.
+    """
+    denoiser = ScoreDenoiser(Gaussians(), schedule)  # type: ignore[arg-type]
+    guided = ClassifierFree(3.0, [0.3, 2.0])(denoiser, NULL)
+    assert guided.jumps == (0.3, 2.0)
+    u, like = one_hot(torch.zeros(4).long(), 3), torch.empty(4, 2, dtype=torch.float64)
+
+    def drawn(sampler: DDIM | Heun | DPMSolver | UniPC) -> Tensor:
+        return sampler(guided, like, u, Noise("order"))
+
+    truth = drawn(UniPC(1600))
+    error = [(drawn(family(n)) - truth).abs().max().item() for n in (100, 400)]
+    assert math.log2(error[0] / error[1]) > 2 * order - 0.5  # 1600 steps are 60 times nearer
+
+
+@pytest.mark.parametrize("family", [Heun, DPMSolver])
+def test_times_lie_just_below_the_jumps(family: type[Heun | DPMSolver]) -> None:
+    denoiser = ScoreDenoiser(Gaussians(), VP())  # type: ignore[arg-type]
+    for interval, moved in (([0.3, 2.0], 2), ([0.3, 1e6], 1), ([1e-9, 1e6], 0)):
+        guided = ClassifierFree(3.0, interval)(denoiser, NULL)
+        for steps in (1, 2, 3, 4, 18):
+            t, grid = family(steps).times(guided), family(steps).grid(VP())
+            r = VP().ratio(t)
+            assert (t.diff() < 0).all() and len(t) == steps
+            assert t[0] == 1 and (steps == 1 or t[-1] == 0)
+            if steps < 2 + moved or not moved:
+                assert torch.equal(t, grid)
+                continue
+            for jump in interval[:moved]:
+                below = r[r < jump].max()
+                assert 0 < 1 - below / jump < 1e-6  # as near as the time can say
 
 
 @pytest.mark.parametrize("kind", ["classifier-free", "autoguidance"])

@@ -108,7 +108,9 @@ class Sampler(Part, ABC):
             return t
         v, k = (r ** (1 / self.rho)).flip(0).numpy(), np.arange(len(t))
         found = np.interp(np.array(jumps) ** (1 / self.rho), v, k)  # where they are in the grid
-        near = np.round(found).clip(1, len(t) - 2)
+        first, last = np.arange(len(jumps)) + 1, np.arange(len(jumps)) - len(jumps) - 1 + len(t)
+        near = np.round(found).clip(first, last)
+        near = np.maximum.accumulate(near - first) + first  # a time for each
         moved = np.interp(k, [0, *near, k[-1]], [0, *found, k[-1]])
         r = torch.from_numpy(np.interp(moved, k, v) ** self.rho).flip(0)
         t[1:-1] = denoiser.schedule.time(r * (1 - SMALL))[1:-1]
