@@ -8,7 +8,15 @@ os.environ["WANDB_MODE"] = "disabled"  # but where a test looks at what W&B was 
 import pytest
 import torch
 
+from pipeline.conditioning import text
 from pipeline.mcmc.targets import GaussianMixture
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single prompts are kept elsewhere than those that earlier code embedded."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr(text, "cache_folder", lambda: folder)
 
 
 @pytest.fixture

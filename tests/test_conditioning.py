@@ -24,6 +24,7 @@ from pipeline.conditioning import (
     TextEncoder,
     Vectors,
     embed_distinct,
+    text,
 )
 from pipeline.errors import UserError
 
@@ -91,6 +92,36 @@ def test_prompt_has_the_same_embedding_in_any_company(kind: str, folders: dict[s
         atol = 1e-6 if kind == "mpnet" else 0.0
         torch.testing.assert_close(row[: len(alone)], alone, atol=atol, rtol=0)
         assert not row[len(alone) :].any()
+
+
+def test_a_prompt_that_was_embedded_before_needs_no_network(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text, "cache_folder", lambda: tmp_path)
+    name = str(folders["bert"])
+    made = {prompt: TextEncoder(name).embed([prompt]).tokens for prompt in ("", "a red cross")}
+    assert len([*(tmp_path / "prompts").iterdir()]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "_embed", None)
+        for prompt, u in made.items():
+            assert torch.equal(TextEncoder(name).embed([prompt]).tokens, u)
+        for other in (TextEncoder(name, max_length=9), TextEncoder(str(folders["clip"]))):
+            with pytest.raises(TypeError):  # another encoder
+                other.embed(["a red cross"])
+    for file in (tmp_path / "prompts").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="are made anew"):
+        assert torch.equal(TextEncoder(name).embed(["a red cross"]).tokens, made["a red cross"])
+    monkeypatch.setattr(text, "cache_folder", lambda: tmp_path / "prompts" / "x" / "y")
+    (tmp_path / "prompts" / "x").write_text("no folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(TextEncoder(name).embed([""]).tokens, made[""])
+    for _ in range(2):  # what is cut is said each time
+        with pytest.warns(UserWarning, match="1 of 1 prompts"):
+            TextEncoder(name, max_length=4).embed(["a red circle and a star"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from pipeline.condition import Condition
 from pipeline.conditioning.base import Conditioning
+from pipeline.conditioning.cache import Shard, read, write
 from pipeline.errors import UserError
-from pipeline.files import digest, model_folder, packaged, sha256
+from pipeline.files import cache_folder, digest, model_folder, packaged, sha256
 
 __all__ = ["TextEncoder"]
 
@@ -139,7 +140,25 @@ class TextEncoder(Conditioning):
         return known - max(before, default=0)
 
     def embed(self, values: Sequence[str]) -> Condition:
-        tokens = self._tokenize(values)
+        """The conditions of N prompts. That of a single one is kept on the disk: to embed it again
+        needs no network, nor the seconds that `transformers` takes to load.
+        """
+        _check_strings(values)
+        if len(values) != 1:
+            return self._embed(values)[0]
+        how = (self.fingerprint(), self.device.type, torch.get_num_threads(), values[0])
+        file = cache_folder() / "prompts" / f"{digest(*how)}.safetensors"
+        if (kept := read(file, 1)) is not None and kept.tokens is not None and len(kept.tokens):
+            return Condition(kept.tokens[None])
+        u, whole = self._embed(values)
+        if whole:  # or it is to be said again that it is cut
+            with warnings.catch_warnings(action="ignore"):  # what cannot be kept is made again
+                write(file, Shard.of(u))
+        return u
+
+    def _embed(self, values: Sequence[str]) -> tuple[Condition, bool]:
+        """The conditions, and whether all prompts are whole."""
+        tokens, whole = self._tokenize(values)
         length = max([1, *map(len, tokens)])
         # what is made in inference mode could not be an input of training
         with torch.inference_mode(False), torch.no_grad():
@@ -147,7 +166,7 @@ class TextEncoder(Conditioning):
             for rows in _groups(tokens):
                 hidden = self._hidden([tokens[i] for i in rows])
                 u[rows, : hidden.shape[1]] = hidden
-        return Condition(u)  # (N, L, E)
+        return Condition(u), whole  # (N, L, E)
 
     def null(self) -> Condition:
         return self.embed([""])
@@ -192,10 +211,10 @@ class TextEncoder(Conditioning):
             model = model.get_encoder()
         return model.eval().requires_grad_(False).to(self.device)
 
-    def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        _check_strings(prompts)
+    def _tokenize(self, prompts: Sequence[str]) -> tuple[list[list[int]], bool]:
+        """The tokens of each prompt, and whether none is cut."""
         if not prompts:
-            return []
+            return [], True
         tokens = self._ids(prompts)
         self._check_vocabulary(tokens)
         long = [i for i, ids in enumerate(tokens) if len(ids) > self.limit]
@@ -204,7 +223,7 @@ class TextEncoder(Conditioning):
             cut = self._ids([prompts[i] for i in long], truncation=True, max_length=self.limit)
             for i, ids in zip(long, cut, strict=True):
                 tokens[i] = ids
-        return tokens
+        return tokens, not long
 
     def _ids(self, prompts: Sequence[str], **how: Any) -> list[list[int]]:
         how = {"padding": False, "truncation": False, "verbose": False} | how
