@@ -332,8 +332,8 @@ def test_a_result_says_what_it_is_to_be_compared_with(
     assert told["reference"]["data"][:16] in said and told["reference"]["protocol"] in said
     assert "fewer than 10,000 pictures" in said and "prompts shuffled" in said
     assert told["chance"]["all"] == pytest.approx(1 / 240)
-    # Heun with two steps asks three times, and guidance doubles what is at high noise
-    assert told["evaluations"] == 4
+    # Heun with two times is a long step, so Euler's, and the mean; guidance doubles the first
+    assert told["evaluations"] == 3
     assert (tmp_path / "r.png").exists()
 
     of_each = [one["frechet"] for one in told["repeats"]]
@@ -371,7 +371,7 @@ def test_classes_and_pictures_without_any(
         assert main(["fit", "-c", str(ROOT / "conf/experiment/cifar10.yaml"), *own]) == 0
         told = evaluate(tmp_path / name, tmp_path / f"{name}.json", "--number", "12")
         assert told["floor"]["number"] == 10 and told["frechet"] > told["floor"]["frechet"]
-        assert told["evaluations"] == (6 if conditioning else 3) and "accuracy" not in told
+        assert told["evaluations"] == (4 if conditioning else 2) and "accuracy" not in told
     assert main(command(tmp_path / "free", "--number", "12", "--likelihood", "11")) == 2
     assert "--likelihood 11 is more than the 10 pictures" in capsys.readouterr().err
 
@@ -418,7 +418,7 @@ def test_a_sweep_goes_on_where_it_stopped(
     assert whole.stat().st_mtime_ns == times and "finished before" in capsys.readouterr().err
     results = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
     asked = {(r["sampler"]["class"], r["sampler"]["steps"]): r["evaluations"] for r in results}
-    assert asked == {("DDIM", 1): 1, ("DDIM", 3): 3, ("Heun", 1): 1, ("Heun", 3): 5}
+    assert asked == {("DDIM", 1): 1, ("DDIM", 3): 3, ("Heun", 1): 1, ("Heun", 3): 3}
     assert (tmp_path / "sweep.png").exists()
 
     monkeypatch.setattr(Generator, "__call__", None)  # nothing is left to draw

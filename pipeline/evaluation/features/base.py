@@ -33,6 +33,7 @@ from pipeline.files import digest, sha256
 
 __all__ = ["Features", "Own", "read_weights", "resize"]
 
+FEW = 4  # pictures of a pass on a CPU, whose caches then hold what a layer makes of them
 VERSION = 1  # of what these files compute: raise it when features would come out different
 
 Self = TypeVar("Self", bound="Features")
@@ -101,7 +102,9 @@ class Features(Part, ABC):
         x = pictures.to(self.device).expand(-1, 3, -1, -1)
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(self.device.type, enabled=False), exact:
-            return self.network(self.prepare(x.float())).float()
+            few = FEW if x.device.type == "cpu" else len(x)
+            found = [self.network(self.prepare(some.float())).float() for some in x.split(few)]
+        return torch.cat(found)
 
     def read(self, pictures: Tensor | np.ndarray, batch_size: int = 64) -> Iterator[Tensor]:
         """The features of many uint8 pictures (N, C, H, W), in memory or mapped, `batch_size` at

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.evaluation.features.base import Features, freeze, resize
 from pipeline.files import packaged
@@ -76,7 +77,7 @@ class EfficientNetLite0(Features):
         state = {key.removeprefix("_").replace("._", "."): value for key, value in state.items()}
         own = network.state_dict()
         network.load_state_dict({key: value for key, value in state.items() if key in own})
-        return freeze(network, self.device)
+        return freeze(folded(network.eval()), self.device)
 
     def prepare(self, x: Tensor) -> Tensor:
         return resize(x, SIDE).sub_(127).div_(128)
@@ -141,6 +142,25 @@ class Block(nn.Module):
         h = relu6(self.bn1(self.depthwise_conv(h)), inplace=True)
         h = self.bn2(self.project_conv(h))
         return x + h if self.shortcut else h
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """The same with each normalisation taken into the convolution before it: one pass less over
+    what it makes.
+    """
+    for module in network.modules():
+        for conv, bn in (
+            ("conv_stem", "bn0"),
+            ("expand_conv", "bn0"),
+            ("depthwise_conv", "bn1"),
+            ("project_conv", "bn2"),
+            ("conv_head", "bn1"),
+        ):
+            if getattr(module, conv, None) is not None and hasattr(module, bn):
+                whole = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
+                setattr(module, conv, whole)
+                setattr(module, bn, nn.Identity())
+    return network
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
