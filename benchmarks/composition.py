@@ -43,6 +43,7 @@ from pipeline.samplers import DDIM, AnnealedLangevin, Heun, PredictorCorrector, 
 from pipeline.schedules import VE
 
 SCHEDULE = VE(0.01, 20.0)
+SIDE, PART = 500, 50_000  # points on a side of the grid, and how many are computed at once
 
 
 class Rival(Denoiser):
@@ -110,11 +111,11 @@ def posteriors(n: int) -> None:
             print(f"| {name} | {known}, {noise} | {cells} |", flush=True)
 
 
-def on_grid(log_prob: Callable[[Tensor], Tensor], n: int, side: int = 500) -> Tensor:
+def on_grid(log_prob: Callable[[Tensor], Tensor], n: int) -> Tensor:
     """Draws of a density of the plane, up to the width of a cell."""
-    line = torch.linspace(-3, 3, side).double()
+    line = torch.linspace(-3, 3, SIDE).double()
     x = torch.cartesian_prod(line, line)
-    p = torch.softmax(torch.cat([log_prob(part) for part in x.split(100_000)]), dim=0)
+    p = torch.softmax(torch.cat([log_prob(part) for part in x.split(PART)]), dim=0)
     noise = Noise("grid")
     k = torch.searchsorted(p.cumsum(0), noise.uniform(n).double()).clamp(max=len(p) - 1)
     cell = torch.stack([noise.uniform(n).double() - 0.5 for _ in range(2)], dim=1)
@@ -142,7 +143,7 @@ def compositions(n: int) -> None:
     print(f"\n| law | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
     for name, (guidance, others) in cases.items():
         denoiser = guidance(ScoreDenoiser(law, SCHEDULE), Condition(torch.cat((null, others))))
-        law_of_all = denoiser.at(torch.zeros(()).double(), first.expand(100_000))
+        law_of_all = denoiser.at(torch.zeros(()).double(), first.expand(PART))
         truth = on_grid(law_of_all.log_prob, n)
         like = torch.empty(n, 2).double()
         drawn = [way(denoiser, like, first.expand(n), Noise("draw")) for way in ways.values()]

@@ -23,7 +23,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,7 @@ class Preconditioned(Denoiser):
         self.precision: torch.dtype | None = (
             None  # the type the network is autocast to; set by callbacks.Precision
         )
+        self.compiled: Callable | None = None  # stands for it in training; by callbacks.Compile
 
     @abstractmethod
     def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
@@ -255,10 +256,11 @@ class Preconditioned(Denoiser):
             level = torch.log(s).reshape(-1).expand(len(z))
         else:
             level = z.new_full((len(z),), math.log(s))
+        network = self.compiled if self.compiled and self.training else self.network
         if self.precision is None and not torch.is_autocast_enabled(z.device.type):
-            return self.network(z, level, u).to(z.dtype)
+            return network(z, level, u).to(z.dtype)
         with torch.autocast(z.device.type, self.precision, enabled=self.precision is not None):
-            return self.network(z, level, u).to(z.dtype)
+            return network(z, level, u).to(z.dtype)
 
     def weight(self, t: Tensor) -> Tensor:
         r"""The weight :math:`1 / c_\text{out}^2` that puts the error of D in units of the

@@ -1,3 +1,4 @@
+from pipeline.callbacks.compiled import *
 from pipeline.callbacks.ema import *
 from pipeline.callbacks.evaluation import *
 from pipeline.callbacks.last import *

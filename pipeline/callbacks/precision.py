@@ -11,7 +11,7 @@ from pipeline.distributed import share
 from pipeline.module import ScoreModule
 from pipeline.noise import Noise
 
-__all__ = ["Precision"]
+__all__ = ["Precision", "seconds"]
 
 
 class Precision(pl.Callback):
@@ -61,23 +61,27 @@ class Precision(pl.Callback):
     def _time(
         self, trainer: pl.Trainer, pl_module: ScoreModule, rows: int, kind: torch.dtype | None
     ) -> float:
-        """Seconds for one loss and its gradient, on rows of zeros and the null condition."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        x = torch.zeros(rows, *data.shape).to(pl_module.device)
-        u = data.conditioning.null().to(x.device).expand(len(x)) if data.conditioning else None
-        denoiser, noise = pl_module.denoiser, Noise("trial", device=x.device)
-        denoiser.precision = kind
-        start = time.perf_counter()
-        objective = copy.copy(pl_module.objective)  # chains of its own stay where they are
-        objective(denoiser, x, u, noise).mean().backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        taken = time.perf_counter() - start
-        pl_module.zero_grad(set_to_none=True)
-        return taken
+        pl_module.denoiser.precision = kind
+        return seconds(trainer, pl_module, rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"choice": self.choice}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.choice = state_dict["choice"]
+
+
+def seconds(trainer: pl.Trainer, pl_module: ScoreModule, rows: int) -> float:
+    """What one loss and its gradient take, on rows of zeros and the null condition."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    x = torch.zeros(rows, *data.shape).to(pl_module.device)
+    u = data.conditioning.null().to(x.device).expand(len(x)) if data.conditioning else None
+    noise = Noise("trial", device=x.device)
+    start = time.perf_counter()
+    objective = copy.copy(pl_module.objective)  # chains of its own stay where they are
+    objective(pl_module.denoiser, x, u, noise).mean().backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    pl_module.zero_grad(set_to_none=True)
+    return taken
