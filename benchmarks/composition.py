@@ -39,6 +39,7 @@ from pipeline.evaluation.shapes import read
 from pipeline.generator import Generator
 from pipeline.mcmc import HMC, MALA, ULA, GaussianMixture, Measurement, Posterior, run
 from pipeline.noise import Noise
+from pipeline.png import contact_sheet
 from pipeline.samplers import DDIM, AnnealedLangevin, Heun, PredictorCorrector, Sampler
 from pipeline.schedules import VE
 
@@ -172,7 +173,7 @@ def right(pictures: Tensor, pairs: Sequence[Pair]) -> str:
     return " | ".join(f"{share:.2f}" for share in (*each.mean(dim=0), each.prod(dim=1).mean()))
 
 
-def objects(checkpoint: str, n: int, draws: int = 4) -> None:
+def objects(checkpoint: str, n: int, out: str, draws: int = 4) -> None:
     """Pictures of n pairs that were never seen, from two prompts that say an object each."""
     generator = Generator.from_checkpoint(checkpoint)
     data, order = Checkpoint(checkpoint).data(Relations), np.random.default_rng(0)
@@ -187,6 +188,7 @@ def objects(checkpoint: str, n: int, draws: int = 4) -> None:
     print("| prompts | drawn by | first | second | both |\n|---|---|---|---|---|")
     true = torch.from_numpy(data.render(pairs, order))
     print(f"| | true pictures | {right(true, pairs)} |")
+    shown = [(pair.caption, [true[i]]) for i, pair in enumerate(pairs[:8])]
     asked = {
         "the first alone": lambda p: (p._replace(second=None).caption, None),
         "both in one sentence": lambda p: (p.caption, None),
@@ -204,8 +206,19 @@ def objects(checkpoint: str, n: int, draws: int = 4) -> None:
                 rows += generator([prompt] * draws, seeds, micro_batch=draws)
             found = right(torch.cat(rows), [pair for pair in pairs for _ in range(draws)])
             print(f"| {name} | {way} | {found} |", flush=True)
+            for i, (_, cells) in enumerate(shown):
+                cells.append(torch.cat(rows)[i * draws])
             if name != "first AND second":
                 break
+    captions = [
+        "true",
+        "the first alone",
+        "both in one sentence",
+        *(f"AND: {way}" for way in ways),
+    ]
+    every = [cell for _, cells in shown for cell in cells]
+    named = [s for said, _ in shown for s in (said, *captions[1:])]
+    contact_sheet(torch.stack(every), named, columns=len(captions), side=64).save(out)
 
 
 def main() -> None:
@@ -215,9 +228,10 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=500)
     parser.add_argument("--part", default="posterior,composition")
     parser.add_argument("--checkpoint", help="a checkpoint or a run's folder: pairs of objects")
+    parser.add_argument("--out", default="composition.png", help="a sheet of these")
     args = parser.parse_args()
     if args.checkpoint:
-        return objects(args.checkpoint, args.number)
+        return objects(args.checkpoint, args.number, args.out)
     torch.set_num_threads(1)
     for part in args.part.split(","):
         {"posterior": posteriors, "composition": compositions}[part](args.number)
