@@ -210,12 +210,8 @@ def objects(checkpoint: str, n: int, out: str, draws: int = 4) -> None:
                 cells.append(torch.cat(rows)[i * draws])
             if name != "first AND second":
                 break
-    captions = [
-        "true",
-        "the first alone",
-        "both in one sentence",
-        *(f"AND: {way}" for way in ways),
-    ]
+    drawn = [f"AND, {way.split(', ')[-2]}" for way in ways]
+    captions = ["", "the first alone", "in one sentence", *drawn]
     every = [cell for _, cells in shown for cell in cells]
     named = [s for said, _ in shown for s in (said, *captions[1:])]
     contact_sheet(torch.stack(every), named, columns=len(captions), side=64).save(out)

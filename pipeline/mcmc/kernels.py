@@ -314,22 +314,17 @@ class HMC(MetropolisHastings):
 
     def propose(self, target: Target, state: State, noise: Noise) -> tuple[State, Tensor, int]:
         p = noise.normal(state.x)
-        proposal, energy = state, state.log_prob - 0.5 * dot(p, p)
-        step_size: float | Tensor = self.step_size
+        energy = state.log_prob - 0.5 * dot(p, p)
+        step_size = torch.as_tensor(self.step_size).to(p)
         if self.jitter:
             share = 2 * noise.uniform(len(p)).to(p) - 1
             step_size = expand_as_batch(step_size * (1 + self.jitter * share), p)
-        for _ in range(self.steps):
-            proposal, p = leapfrog(target, proposal, p, step_size)
-        log_ratio = proposal.log_prob - 0.5 * dot(p, p) - energy
-        return proposal, log_ratio, self.steps
-
-
-def leapfrog(
-    target: Target, state: State, p: Tensor, step_size: float | Tensor
-) -> tuple[State, Tensor]:
-    """One leapfrog step of a state and its momentum."""
-    p = p + 0.5 * step_size * state.score
-    x = state.x + step_size * p
-    log_prob, score = target.log_prob_and_score(x)
-    return State(x, log_prob, score), p + 0.5 * step_size * score
+        x, half = state.x, step_size / 2
+        p = torch.addcmul(p, half, state.score)
+        for _ in range(self.steps - 1):  # two half steps of p meet in one
+            x = torch.addcmul(x, step_size, p)
+            p = torch.addcmul(p, step_size, target.score(x))
+        x = torch.addcmul(x, step_size, p)
+        log_prob, score = target.log_prob_and_score(x)
+        p = torch.addcmul(p, half, score)
+        return State(x, log_prob, score), log_prob - 0.5 * dot(p, p) - energy, self.steps
