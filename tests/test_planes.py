@@ -445,7 +445,7 @@ def test_samples_obey_their_picture(name: str, tmp_path: Path) -> None:
     alone = ["--data.conditioning.prompt", "null", "--model.denoiser.network.patch", "2"]
     alone += ["--model.sampler.steps", "8"]
     more = ["--data.per_combination", "8", "--data.batch_size", "16", "--model.warmup", "20"]
-    run = fit(tmp_path / "run", *conditioning, *alone, *more, callbacks=[], steps=200)
+    run = fit(tmp_path / "run", *conditioning, *alone, *more, steps=200)
     generator = Generator.from_checkpoint(run)
     picture: Any = generator.conditioning
     values, _ = Checkpoint(run).data(DataModule).held_out(16)  # type: ignore[type-abstract]
