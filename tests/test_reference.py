@@ -12,7 +12,7 @@ from pipeline.cli import main
 from pipeline.data import Points, Shapes
 from pipeline.errors import UserError
 from pipeline.evaluation.features import Own
-from pipeline.evaluation.reference import reference_of
+from pipeline.evaluation.reference import digest_of, reference_of
 from pipeline.evaluation.statistics import Reference
 from pipeline.mcmc.targets import GaussianMixture
 from pipeline.noise import Noise
@@ -102,6 +102,26 @@ def test_the_data_of_an_experiment(folder: Path, capsys: pytest.CaptureFixture[s
     assert door(folder, *shapes, "--data.per_cobination", "1") == 2
     wrong = "data.per_cobination is not an argument of Shapes; did you mean per_combination"
     assert wrong in capsys.readouterr().err
+
+
+def test_the_digest_of_a_map_is_kept_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Shapes(None, 1, cache_dir=str(tmp_path))
+    x = data.rows("val").x
+    assert isinstance(x, np.memmap)
+    pixels = digest_of(np.array(x))
+    assert digest_of(x) == pixels != digest_of(x[:-1])
+    (kept,) = tmp_path.glob("pictures/*.sha256")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.evaluation.reference.hashlib", None)
+        assert digest_of(x) == pixels
+    kept.write_text(f"{'0' * 64} {'1' * 64}")  # of another map
+    assert digest_of(x) == pixels
+    kept.unlink()
+    kept.mkdir()  # where nothing can be kept
+    kept.joinpath("file").touch()
+    assert digest_of(np.memmap(x.filename, x.dtype, "r", x.offset, x.shape)) == pixels
 
 
 def test_the_data_of_a_checkpoint(folder: Path) -> None:
