@@ -201,6 +201,8 @@ class UNet(Network):
             h = torch.cat((h, same), dim=1)
         if self.coordinates:
             h = torch.cat((h, _places(h)), dim=1)
+        if self.dims == 2:  # the layout of oneDNN's and cuDNN's fast convolutions
+            h = h.contiguous(memory_format=torch.channels_last)
         c = F.silu(c)
         h, skips = self.input(h), []
         for k, stages in enumerate(self.down):
