@@ -182,9 +182,7 @@ class Signals(Codec):
                     np.save(file, row)
 
     def sheet(self, rows: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-        """The waveforms, −1 to 1, and below each its first channel's frequencies, 0 to half of the
-        rate, over 60 decibels.
-        """
+        """The waveforms, and below each its first channel's frequencies, over 60 decibels."""
         x, (wide, high) = rows.float() / 32767, (160, 64)
         top, low = (sign * F.adaptive_max_pool1d(sign * x, wide) for sign in (1, -1))
         y = torch.linspace(1, -1, high, device=x.device)[:, None]  # (H, 1)
@@ -219,9 +217,7 @@ class Columns(Codec):
         return x
 
     def columns(self, rows: Tensor, about: list[dict]) -> dict[str, list]:
-        """Drawn rows by column: their prompts, or what these say of each part, their seeds, their
-        numbers.
-        """
+        """Drawn rows by column: what was asked for, their seeds, their numbers."""
         asked = [one.get("u") or {"prompt": one["prompt"]} for one in about]
         u = {name: [one[name] for one in asked] for name in asked[0]}
         x = dict(zip(self.names, rows.T.tolist(), strict=True))

@@ -122,9 +122,7 @@ def align(conditions: Sequence[Condition]) -> list[Condition]:
 
 
 def mirror(x: Tensor, where: Tensor) -> Tensor:
-    """Pictures (B, …, W) turned left to right in the rows where `where`, with shape (B,), is
-    true.
-    """
+    """Pictures (B, …, W) turned left to right in the rows where `where`, (B,), is true."""
     return torch.where(_rows(where, x), x.flip(-1), x)
 
 

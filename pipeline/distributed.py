@@ -28,9 +28,7 @@ T = TypeVar("T")
 
 
 def place() -> tuple[int, int]:
-    """The rank of this process in the group of `torch.distributed`, and the number of processes;
-    without a group, 0 and 1.
-    """
+    """This process's rank and the number of processes; 0 and 1 without a group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()

@@ -6,9 +6,7 @@ __all__ = ["UserError", "code_of"]
 
 
 class UserError(ValueError):
-    """A mistake in a file, prompt, column or setting; the door prints its sentence without a
-    traceback.
-    """
+    """A mistake in a file, prompt, column or setting; the door prints it without a traceback."""
 
 
 def code_of(signum: int) -> int:

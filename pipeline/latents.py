@@ -82,9 +82,7 @@ class Latents(Pixels):
         return found.eval().requires_grad_(False)
 
     def means(self, rows: Tensor) -> Tensor:
-        """The means E of pictures (B, C, H, W), with shape (B, \\*shape), before scale and
-        shift: what a data module keeps.
-        """
+        """The means E of pictures (B, C, H, W), before scale and shift, (B, \\*shape)."""
         model = self.autoencoder.to(rows.device)
         parts = super().encode(rows).split(ROWS)
         return torch.cat([model.encode(part).latent_dist.mode() for part in parts])

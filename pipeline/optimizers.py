@@ -1,6 +1,4 @@
-"""An optimizer of two kinds: torch's own have one rule for all weights, and its Muon takes no
-convolutions.
-"""
+"""An optimizer of two rules: torch's own have one, and its Muon takes no convolutions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator

@@ -16,9 +16,7 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 def save(picture: Tensor, path: Path, text: dict[str, str] | None = None) -> None:
-    """Write a uint8 picture (C, H, W), C = 1 or 3, with what is to be known about it in its text
-    fields.
-    """
+    """Write a uint8 picture (C, H, W), C = 1 or 3, with words in its text fields."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)

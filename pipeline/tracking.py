@@ -1,6 +1,4 @@
-"""Where a run is written down: CSV always, Weights & Biases online when logged in and offline
-otherwise.
-"""
+"""Where a run is written down: CSV always, and Weights & Biases, offline without a login."""
 
 import csv
 import os

@@ -77,9 +77,7 @@ class Picture(Conditioning, ABC):
         return torch.cat((known * self.observe(x), known), dim=1)
 
     def read(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """Rows (1, C, H, W), uint8, and m, of a person's picture in RGBA; `ValueError` where it
-        does not fit.
-        """
+        """A person's RGBA picture as rows (1, C, H, W), uint8, and m; else `ValueError`."""
         channels, height, width = self.shape
         if picture.size != (width, height):
             raise ValueError(f"it is of {picture.width}×{picture.height}, not {width}×{height}")

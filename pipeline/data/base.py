@@ -69,9 +69,7 @@ class Source(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Which rows of the table belong to which row of x: those of row i are
-    `rows[starts[i] : starts[i + 1]]`.
-    """
+    """The rows of the table that belong to row i of x: `rows[starts[i] : starts[i + 1]]`."""
 
     rows: Tensor
     starts: Tensor
@@ -283,9 +281,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return in_rounds(len(self.rows("val").x), number, np.random.default_rng(0))
 
     def held_out(self, number: int) -> tuple[list[Any], Tensor]:
-        """What a model is asked for when it is measured, so many values, and the true rows of the
-        first ones, all of them different.
-        """
+        """So many values to ask a model for when it is measured, and true rows, each once."""
         source, taken = self.rows("val"), self.asked(number)
         x, values = source.x, source.values
         asked = [""] * number if values is None else [values[k] for k in taken]
@@ -296,9 +292,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return {}
 
     def wanted(self, number: int, order: np.random.Generator) -> list[Any] | None:
-        """What else a model can be asked for, if what it draws can be read back: each a thing that
-        has a `caption`.
-        """
+        """What else to ask a model for, if it can be read back: each has a `caption`."""
         return None
 
     def prepare_data(self) -> None:

@@ -168,9 +168,7 @@ def split_of(name: str) -> str:
 def make_table(
     found: Listing, rows: dict[str, dict[str, Any]], divided: bool
 ) -> "datasets.Dataset":
-    """Pictures by their paths, with the columns of the metadata or, without any, the class
-    folders.
-    """
+    """Pictures by their paths, with the metadata's columns or, without any, class folders."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as Images
 
@@ -201,9 +199,7 @@ def type_of(column: str, values: list[Any], found: Listing) -> Any:
 
 
 def read_metadata(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """What the metadata say, picture by picture, and the pictures that those beside or above them
-    do not list.
-    """
+    """What the metadata say of each picture, and the pictures they should list and do not."""
     pictures, rows, first = set(found.pictures), {}, {}
     folders = [posixpath.dirname(name) for name in found.metadata]
     for name, folder in zip(found.metadata, folders, strict=True):

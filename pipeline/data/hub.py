@@ -151,9 +151,7 @@ class Hub(Pictures):
             enable_progress_bars()
 
     def downloads(self, files: list[Path]) -> str | None:
-        """Where `datasets` keeps its copy of the rows: it knows files by their time of change, so
-        each content has a place of its own.
-        """
+        """A place for each content: `datasets` knows files by their time of change alone."""
         if not files:
             return self._downloads
         return str(self.cache / "datasets" / digest(hashes(files))[:32])
@@ -338,9 +336,7 @@ def data_files(found: Listing) -> list[Path]:
 
 
 def locate(path: str | list[str]) -> tuple[dict[str, Any], list[Path]]:
-    """What to tell `datasets`: parquet files, a folder, or a name on the Hub; and the files that
-    are here.
-    """
+    """What to tell `datasets`: files, a folder or a name on the Hub; and the files here."""
     if root := one_folder(path):
         check_plain(root)
         found = list_folder(root)
@@ -438,9 +434,7 @@ def looks_local(path: str) -> bool:
 
 
 def held_out(rows: int) -> dict[str, np.ndarray]:
-    """Row numbers: one in `HELD_OUT` for `val`, chosen by a fixed seed, and the others for
-    `train`.
-    """
+    """Row numbers: one in `HELD_OUT` for `val`, chosen by a fixed seed; others for `train`."""
     chosen = np.random.default_rng(0).permutation(rows)
     count = min(rows, max(1, rows // HELD_OUT))
     return {"train": np.sort(chosen[count:]), "val": np.sort(chosen[:count])}

@@ -21,9 +21,7 @@ __all__ = ["Draw", "Order", "Pass", "Windows", "in_rounds"]
 
 
 class Draw(NamedTuple):
-    """One rank's share of a global batch: which rows, which of them mirrored, which of a row's
-    captions by a number in [0, 1), what each weighs.
-    """
+    """A rank's share of a batch: rows, which are mirrored, which caption in [0, 1), weights."""
 
     rows: np.ndarray
     flip: np.ndarray

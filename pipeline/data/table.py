@@ -90,9 +90,7 @@ class Table(DataModule):
         return self.hub.everything
 
     def columns(self, split: str) -> dict[str, np.ndarray]:
-        """The columns that are wanted, of all rows of a split of the data: float64 (N,) for
-        numbers, objects for words.
-        """
+        """The wanted columns of a split of the data: float64 (N,), or objects for words."""
         name = {"train": self.split, "val": self.val_split or self.split}.get(split, split)
         if name not in self._columns:
             if name not in self.everything:

@@ -114,9 +114,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
 
 
 def begin(model: "ScoreModule", other: "Checkpoint") -> str:
-    """Give a denoiser the averaged weights of another one, by name, where their shapes are the
-    same; what was done, in words.
-    """
+    """Give a denoiser the averaged weights of another that fit, by name; in words, which."""
     mine, given = model.denoiser.state_dict(), other.weights()
     fit = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
     if not fit:

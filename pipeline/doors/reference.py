@@ -1,6 +1,4 @@
-"""`reference`: the statistics of a data set, made once, written down with what decides them, and
-found again.
-"""
+"""`reference`: the statistics of a data set, made once and found again."""
 
 import argparse
 from collections.abc import Sequence

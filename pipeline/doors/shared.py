@@ -154,9 +154,7 @@ def choose(
     scale: float | None,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Draw with a sampler and a guidance from now on, those of the run where they are `None`.
-    Returns them in words.
-    """
+    """Draw with these from now on, or with the run's where `None`; returns them in words."""
     from pipeline.building import OURS, Config, Text, brief, make
     from pipeline.denoisers import Denoiser
     from pipeline.guidance import Guidance

@@ -193,8 +193,6 @@ def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[
 
 
 def distinct(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The K distinct prompts in the order of their first use, and which of them each one is, with
-    shape (N,).
-    """
+    """The K distinct prompts, as they are first used, and which of them each is, (N,)."""
     index = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
     return list(index), torch.tensor([index[prompt] for prompt in prompts])

@@ -256,9 +256,7 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> DensityCove
 
 
 def centred(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets in float64 around the mean of the data: squared distances are found as
-    differences of squares, which a common offset would drown.
-    """
+    """Both sets in float64 around the data's mean: a common offset would drown differences."""
     x, y = real.double(), generated.to(real.device).double()
     return x - x.mean(0), y - x.mean(0)
 

@@ -118,9 +118,7 @@ class Shapes(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def teach(self, x: np.ndarray, rows: np.ndarray, truth: dict[str, Tensor]) -> None:
-        """Minimises the cross entropies of all labels, smoothed, on pictures that are moved a
-        little each time.
-        """
+        """Minimises smoothed cross entropies, on pictures moved a little each time."""
         optimizer = torch.optim.AdamW(self.parameters(), RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
         order, side = np.random.default_rng(0), x.shape[-1]
@@ -205,9 +203,7 @@ def right(found: Labels, wanted: Labels) -> dict[str, float]:
 
 
 def judge_of(data: DataModule, device: torch.device | str = "cpu") -> Judge | None:
-    """The judge of the labels that the data have, read where it was taught before; None where they
-    have none.
-    """
+    """The judge of the labels that the data have, or None; taught once and kept."""
     labels = data.labelled("train")
     if not labels:
         return None

@@ -121,9 +121,7 @@ class Measure:
 
     @cached_property
     def ladder(self) -> dict[str, float]:
-        """The Fréchet distances of the pictures of the floor, each made worse in one way: what a
-        distance looks like.
-        """
+        """The Fréchet distances of the floor's pictures, each made worse in one way."""
         x, noise = self.truth.float(), Noise("ladder")
         worse = {
             f"with noise of {levels} grey level{'s' if levels > 1 else ''}": x
@@ -200,9 +198,7 @@ class Measure:
 
 
 def open_reference(data: DataModule, features: Features, number: int) -> Reference:
-    """The reference for so many pictures. The first process makes it where there is none, and the
-    others find it.
-    """
+    """The reference for so many pictures, made by the first process where there is none."""
     taken = min(TIMES * number, len(data.rows("train").x))
     return in_turn(lambda: reference_of(data, "train", features, taken)[0])
 

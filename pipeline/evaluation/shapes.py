@@ -107,9 +107,7 @@ def cover(x: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def steepen(a: np.ndarray) -> np.ndarray:
-    """Sets faint noise on the ground and in the object to 0 and 1: a thousand pixels of it would
-    outweigh the object.
-    """
+    """Sets faint noise to 0 and 1: a thousand pixels of it would outweigh the object."""
     return ((a - 0.2) / 0.6).clip(0, 1)
 
 

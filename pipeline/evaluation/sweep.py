@@ -123,9 +123,7 @@ class Model:
         self.settings = sweep.settings(checkpoint)
 
     def point(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """The result of the model as it is drawn from now, by sampler and guidance in words; from
-        its file where it was finished before.
-        """
+        """The result as the model is drawn from now; from its file where it was finished."""
         store, settings = self.sweep.store, chosen | self.settings
         result = first(lambda: store.find(settings))
         if result is None:

@@ -18,9 +18,7 @@ CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d
 
 
 def pool(tokens: Tensor) -> Tensor:
-    """Mean over the tokens of a condition (B, L, E) that are not padding, with shape (B, E); 0
-    where all are.
-    """
+    """Mean over tokens (B, L, E) that are not padding, with shape (B, E); 0 where all are."""
     count = (tokens != 0).any(dim=-1).sum(dim=-1, keepdim=True)  # (B, 1)
     return tokens.sum(dim=1) / count.clamp(min=1)
 
@@ -50,9 +48,7 @@ class LevelEmbedding(nn.Module):
 
 
 def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
-    """Raise `ValueError` unless u is given exactly where a network takes one, with its width and
-    its number of planes.
-    """
+    """Raise `ValueError` unless u has the width and the number of planes that are taken."""
     have = 0 if u is None or u.tokens is None else u.tokens.shape[-1]
     if have != u_dim:
         raise ValueError(f"The network takes a condition of width {u_dim} and was given {have}.")
@@ -181,7 +177,5 @@ class CrossAttention(nn.Module):
 
 
 def width_groups(width: int) -> int:
-    """The number of groups for a group norm: groups of 16 channels, or of the next divisor
-    below.
-    """
+    """The number of groups of a group norm: of 16 channels, or of the next divisor below."""
     return width // math.gcd(width, 16)

@@ -25,9 +25,7 @@ __all__ = ["NCE", "ConditionalNCE"]
 
 
 def _log_prob(denoiser: Preconditioned, points: list[Tensor], u: U) -> Tensor:
-    """log p(x | u) of several points for each example, up to the energy's constant, in one pass:
-    with shape (number of points, B).
-    """
+    """log p(x | u) up to a constant, of several points each, in one pass, (points, B)."""
     x_0, t = clean(denoiser, torch.cat(points))
     u = None if u is None else u.repeat(len(points))
     log_alpha = torch.log(denoiser.schedule(t)[0])

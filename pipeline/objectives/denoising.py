@@ -164,9 +164,7 @@ class DSM(Objective):
         return self.weight(denoiser.schedule.ratio(t)) * loss
 
     def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """The band of each time: bands are cut at quantiles of the level, whatever the order of a
-        mixture's parts.
-        """
+        """The band of each time, cut at quantiles of the level, whatever a mixture's order."""
         grid = self.levels.times(
             schedule, torch.linspace(0, 1, 1025, device=t.device, dtype=t.dtype)[:-1]
         )

@@ -145,9 +145,7 @@ class Block(nn.Module):
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """The same with each normalisation taken into the convolution before it: one pass less over
-    what it makes.
-    """
+    """The same with each normalisation taken into the convolution before it."""
     for module in network.modules():
         for conv, bn in (
             ("conv_stem", "bn0"),
