@@ -29,7 +29,7 @@ class Network(Part, nn.Module, ABC):
         Arguments:
             x: A scaled noisy example, with shape :math:`(B, *)`.
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition of each; `None` where it takes none.
+            u: The condition of each, its planes with the sides of x; `None` where it takes none.
         """
 
 

@@ -10,9 +10,8 @@ from pipeline.condition import U
 from pipeline.errors import UserError
 
 __all__ = ["CONV", "CrossAttention", "LevelEmbedding", "SelfAttention", "attend"]
-__all__ += ["check_condition", "check_planes", "check_sides", "fold", "pool", "unfold"]
-__all__ += ["width_groups", "zero"]
-
+__all__ += ["check_condition", "check_sides", "fold", "pool", "unfold", "width_groups"]
+__all__ += ["with_planes", "zero"]
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
@@ -57,12 +56,14 @@ def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
         raise ValueError(f"The network takes {planes} planes of u and was given {have}.")
 
 
-def check_planes(planes: Tensor, x: Tensor) -> None:
-    """Raise `ValueError` unless the planes of u have the sides of x."""
-    if planes.shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f"The planes of u are of {_sides(planes)} and x is of {_sides(x)}; they must be equal."
-        )
+def with_planes(x: Tensor, u: U) -> Tensor:
+    """x with the planes of u as further channels; `ValueError` where their sides are others."""
+    if u is None or u.planes is None:
+        return x
+    if u.planes.shape[2:] != x.shape[2:]:
+        sides, of_x = _sides(u.planes), _sides(x)
+        raise ValueError(f"The planes of u are of {sides} and x is of {of_x}; they must be equal.")
+    return torch.cat((x, u.planes), dim=1)
 
 
 def check_sides(x: Tensor, dims: int, multiple: int, advice: str) -> None:
@@ -163,9 +164,8 @@ class CrossAttention(nn.Module):
         self.norm_u = nn.RMSNorm(u_dim, eps=1e-6)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(u_dim, 2 * width)
-        self.out = nn.Linear(
-            width, width, bias=False
-        )  # so that a row with nothing to attend to gets exactly 0
+        # without a bias a row with nothing to attend to gets exactly 0
+        self.out = nn.Linear(width, width, bias=False)
         zero(self.out)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from pipeline.networks.layers import (
     LevelEmbedding,
     SelfAttention,
     check_condition,
-    check_planes,
     check_sides,
     fold,
     pool,
     unfold,
     width_groups,
+    with_planes,
     zero,
 )
 
@@ -140,11 +140,9 @@ class UNet(Network):
             return Stage(block, widths[k], k in attention, of_u)
 
         self.level = LevelEmbedding(dim)
-        self.modulate = (
-            nn.Sequential(nn.RMSNorm(u_dim, eps=1e-6), nn.Linear(u_dim, dim))
-            if u_dim and modulate
-            else None
-        )
+        self.modulate = None
+        if u_dim and modulate:
+            self.modulate = nn.Sequential(nn.RMSNorm(u_dim, eps=1e-6), nn.Linear(u_dim, dim))
         self.concat = nn.Linear(u_dim, concat) if concat else None
         self.coordinates = coordinates
         width_in = (channels + planes) * patch**dims + concat + dims * coordinates
@@ -153,19 +151,15 @@ class UNet(Network):
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
         for k in range(len(widths)):
-            self.down.append(
-                nn.ModuleList(stage(k, width if i == 0 else widths[k]) for i in range(blocks))
-            )
+            stages = (stage(k, width if i == 0 else widths[k]) for i in range(blocks))
+            self.down.append(nn.ModuleList(stages))
             width = widths[k]
             if k + 1 < len(widths):
                 self.downsample.append(conv(width, width, 3, stride=2, padding=1))
         self.middle = stage(len(widths) - 1, width)
         for k in reversed(range(len(widths))):
-            self.up.append(
-                nn.ModuleList(
-                    stage(k, (width if i == 0 else widths[k]) + widths[k]) for i in range(blocks)
-                )
-            )
+            sums = ((width if i == 0 else widths[k]) + widths[k] for i in range(blocks))
+            self.up.append(nn.ModuleList(stage(k, n) for n in sums))
             width = widths[k]
             if k:
                 self.upsample.append(conv(width, width, 3, padding=1))
@@ -174,24 +168,14 @@ class UNet(Network):
         zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
-        r"""The network's output, with the shape of x.
-
-        Arguments:
-            x: A scaled noisy picture, with shape (B, C, H, W), or signal (B, C, L).
-            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, its planes with the sides of x; `None` where u_dim and planes are 0.
-        """
         stages = len(self.widths)
         multiple = self.patch * 2 ** (stages - 1)
         advice = f"fold {stages} stages deep: its sides must be multiples of {multiple}; "
         advice += "change the size, patch or the number of widths."
         check_sides(x, self.dims, multiple, advice)
         check_condition(u, self.u_dim, self.planes)
-        tokens, planes = (None, None) if u is None else (u.tokens, u.planes)
-        if planes is not None:
-            check_planes(planes, x)
-            x = torch.cat((x, planes), dim=1)
-        h = fold(x, self.patch)  # (B, C·p², H/p, W/p)
+        tokens = None if u is None else u.tokens
+        h = fold(with_planes(x, u), self.patch)  # (B, C·p², H/p, W/p)
         c = self.level(level)
         if self.modulate is not None and tokens is not None:
             c = c + self.modulate(pool(tokens))
