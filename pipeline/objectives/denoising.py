@@ -69,9 +69,8 @@ class LogNormal(Levels):
     def times(self, schedule: Schedule, q: Tensor) -> Tensor:
         parts = len(self.means)
         part = (q * parts).floor().clamp(max=parts - 1)
-        within = (q * parts - part).clamp(
-            2**-24, 1 - 2**-24
-        )  # a quantile of exactly 0 is at minus infinity
+        # a quantile of exactly 0 is at minus infinity
+        within = (q * parts - part).clamp(2**-24, 1 - 2**-24)
         mean, std = (q.new_tensor(v)[part.long()] for v in (self.means, self.stds))
         return schedule.time(torch.exp(mean + std * torch.special.ndtri(within)))
 
@@ -111,10 +110,8 @@ class OneLevelDSM(Objective):
         """
         low, high = schedule.ratio(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
         if not low <= self.sigma <= high:
-            raise ValueError(
-                f"sigma = {self.sigma} must lie between {low:.3g} and {high:.3g}, the noise "
-                f"ratios of the schedule."
-            )
+            ends = f"between {low:.3g} and {high:.3g}, the noise ratios of the schedule"
+            raise ValueError(f"sigma = {self.sigma} must lie {ends}.")
         return schedule.time(torch.tensor(self.sigma, dtype=torch.float64))
 
 
@@ -165,10 +162,7 @@ class DSM(Objective):
 
     def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The band of each time, cut at quantiles of the level, whatever a mixture's order."""
-        grid = self.levels.times(
-            schedule, torch.linspace(0, 1, 1025, device=t.device, dtype=t.dtype)[:-1]
-        )
-        edges = torch.quantile(
-            grid, torch.linspace(0, 1, len(self.bands) + 1, dtype=t.dtype, device=t.device)
-        )
+        ends = 1024, len(self.bands)
+        q, cuts = (torch.linspace(0, 1, n + 1, dtype=t.dtype, device=t.device) for n in ends)
+        edges = torch.quantile(self.levels.times(schedule, q[:-1]), cuts)
         return torch.bucketize(t, edges[1:-1])
