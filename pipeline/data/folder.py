@@ -120,7 +120,8 @@ def read_folder(found: Listing, asked: Iterable[str]) -> "dict[str, datasets.Dat
     """
     asked = {canonical(name) for name in asked}
     rows, unlisted = read_captions(found) if found.captions else read_metadata(found)
-    splits = [split_of(name) for name in found.pictures]
+    # the folder directly below the root that a picture lies in, if it does
+    splits = [canonical(name.split("/")[0]) if "/" in name else "" for name in found.pictures]
     divided = bool((asked - {"train"}) & set(splits)) or set(splits) <= {"train", "val", "test"}
     members: dict[str, list[int]] = {} if divided else {"train": []}
     for row, (name, split) in enumerate(zip(found.pictures, splits, strict=True)):
@@ -129,16 +130,14 @@ def read_folder(found: Listing, asked: Iterable[str]) -> "dict[str, datasets.Dat
     members["all"] = [*range(len(splits))]
     read = {row for name in asked for row in members.get(name, [])}
     rest = [name for row, name in enumerate(found.pictures) if row not in read]
-    tell(
-        found,
-        {
-            "not in the metadata": [name for name in rest if name in unlisted],
-            "in no split that is read": [name for name in rest if name not in unlisted],
-            f"not {found.noun}s": found.others,
-            "hidden": found.hidden,
-            "linked to again": found.again,
-        },
-    )
+    left_out = {
+        "not in the metadata": [name for name in rest if name in unlisted],
+        "in no split that is read": [name for name in rest if name not in unlisted],
+        f"not {found.noun}s": found.others,
+        "hidden": found.hidden,
+        "linked to again": found.again,
+    }
+    tell(found, left_out)
     table = make_table(found, rows, divided)
     return {split: table.select(places) for split, places in members.items()}
 
@@ -158,11 +157,6 @@ def tell(found: Listing, left_out: dict[str, list[str]]) -> None:
 def say(line: str) -> None:
     """Writes a line that no log level silences."""
     print(line, file=sys.stderr)
-
-
-def split_of(name: str) -> str:
-    """The folder directly below the root that a picture lies in, as a split; or nothing."""
-    return canonical(name.split("/")[0]) if "/" in name else ""
 
 
 def make_table(
@@ -246,12 +240,8 @@ def place(
             fail(file, number, f"names {said!r}, which lies outside of {str(file.parent)!r}")
         if (picture := posixpath.join(folder, path)) in pictures:
             return picture
-    fail(
-        file,
-        number,
-        f"names {said!r}, which is no {noun} in {str(file.parent)!r}; mend the name or remove "
-        "the line",
-    )
+    what = f"names {said!r}, which is no {noun} in {str(file.parent)!r}"
+    fail(file, number, f"{what}; mend the name or remove the line")
 
 
 def fail(file: Path, number: int, what: str) -> NoReturn:
@@ -276,9 +266,8 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                fail(
-                    file, number, f"is not JSON ({str(error).split(': line')[0]}); each holds one"
-                )
+                reason = str(error).split(": line")[0]
+                fail(file, number, f"is not JSON ({reason}); each holds one")
             if not isinstance(row, dict):
                 fail(file, number, 'is no object such as {"file_name": …}')
             yield number, row

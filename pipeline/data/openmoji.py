@@ -30,13 +30,8 @@ VERSION = 1  # of the drawing code: raise it when pictures would come out differ
 CANVAS = 256  # pixels; a font of size s draws on a canvas 1.289 s wide
 FONT = "openmoji/font/glyf_colr0.ttf"
 LEFT_OUT = {*map(chr, range(0x1F1E6, 0x1F200)), *map(chr, range(0x1F3FB, 0x1F400))}  # flags, tones
-SAME = {"adult", "boy", "child", "girl", "man", "men", "people", "person", "woman", "women"} | {
-    "facing",
-    "left",
-    "leftwards",
-    "right",
-    "rightwards",
-}
+SAME = {"adult", "boy", "child", "girl", "man", "men", "people", "person", "woman", "women"}
+SAME |= {"facing", "left", "leftwards", "right", "rightwards"}
 
 
 class Emoji(NamedTuple):

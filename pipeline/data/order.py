@@ -125,12 +125,8 @@ class Pass(Sampler[Draw]):
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.rows, self.batch_size, self.rank, self.share = (
-            rows,
-            batch_size,
-            rank,
-            batch_size // world,
-        )
+        self.rows, self.batch_size = rows, batch_size
+        self.rank, self.share = rank, batch_size // world
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)

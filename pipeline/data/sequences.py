@@ -13,8 +13,7 @@ from pipeline.conditioning import Conditioning
 from pipeline.data.base import DataModule, Source
 from pipeline.data.folder import say
 from pipeline.data.hub import Hub
-from pipeline.data.order import in_rounds
-from pipeline.data.shapes import SPLITS, known
+from pipeline.data.shapes import SPLITS, known, sampled
 
 __all__ = ["Chirps", "Sequences"]
 
@@ -170,8 +169,8 @@ class Chirps(DataModule):
 
     def held_out(self, number: int) -> tuple[list[str], Tensor]:
         """Unseen combinations, and tones of them, made anew."""
-        order, unseen = np.random.default_rng(0), self.combinations("unseen")
-        plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
+        order = np.random.default_rng(0)
+        plan = sampled(self.combinations("unseen"), number, order)
         return [f"a {' '.join(one)} tone" for one in plan], torch.from_numpy(render(plan, order))
 
 

@@ -158,10 +158,9 @@ def read_csv(files: list[Path]) -> "datasets.Dataset":
     from datasets import Dataset
 
     how: Any = {"dtype": str, "keep_default_na": False, "skipinitialspace": True}
+    how |= {"encoding": "utf-8-sig", "index_col": False}
     try:
-        frames = [
-            pandas.read_csv(one, encoding="utf-8-sig", index_col=False, **how) for one in files
-        ]
+        frames = [pandas.read_csv(one, **how) for one in files]
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{listed(map(str, files))} cannot be read as CSV: {reason}.") from error
