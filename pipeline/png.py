@@ -49,11 +49,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for i, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
         left, top = 8 + i % columns * cell_w, 8 + i // columns * cell_h
-        sheet.paste(
-            _image(picture).resize((zoom * width, zoom * height), Image.Resampling.NEAREST),
-            (left, top),
-        )
-        draw.multiline_text(
-            (left, top + zoom * height + 1), "\n".join(line), fill="black", font=font, spacing=1
-        )
+        large = _image(picture).resize((zoom * width, zoom * height), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, top))
+        below = left, top + zoom * height + 1
+        draw.multiline_text(below, "\n".join(line), fill="black", font=font, spacing=1)
     return sheet

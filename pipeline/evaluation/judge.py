@@ -185,13 +185,10 @@ class Judge(nn.Module):
         found, n = self.read(pictures), len(pictures)
         places: list[int] = order.permutation(n).tolist()
         shuffled = {name: [column[k] for k in places] for name, column in wanted.items()}
-        share = {name: 1 / len(known) for name, known in self.values.items()}
-        return {
-            "accuracy": right(found, wanted),
-            "shuffled": right(found, shuffled),
-            "chance": share
-            | {"mean": sum(share.values()) / len(share), "all": math.prod(share.values())},
-        }
+        chance = {name: 1 / len(known) for name, known in self.values.items()}
+        mean, every = sum(chance.values()) / len(chance), math.prod(chance.values())
+        right_ones = {"accuracy": right(found, wanted), "shuffled": right(found, shuffled)}
+        return right_ones | {"chance": chance | {"mean": mean, "all": every}}
 
 
 def right(found: Labels, wanted: Labels) -> dict[str, float]:

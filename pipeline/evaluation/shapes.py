@@ -55,9 +55,8 @@ def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | N
     pixels = torch.as_tensor(pictures).cpu().numpy().astype(np.float32)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, 32, 32):
         raise ValueError(f"Pictures have shape {tuple(pixels.shape)}; expected (N, 3, 32, 32).")
-    return [
-        one for some in np.array_split(pixels, len(pixels) // batch + 1) for one in read_some(some)
-    ]
+    parts = np.array_split(pixels, len(pixels) // batch + 1)
+    return [one for some in parts for one in read_some(some)]
 
 
 def read_some(x: np.ndarray) -> list[Attributes | None]:
@@ -117,15 +116,9 @@ def read_shape(a: np.ndarray) -> tuple[np.ndarray, ...]:
     grid = np.arange(a.shape[-1]) + 0.5
     x, y = (a.sum(1) * grid).sum(1) / area, (a.sum(2) * grid).sum(1) / area
     radius = np.stack([np.sqrt(area / AREA[shape]) for shape in SHAPES])  # (4, N)
-    y_middle = np.stack(
-        [y - SINK.get(shape, 0) * r for shape, r in zip(SHAPES, radius, strict=True)]
-    )
-    overlap = np.stack(
-        [
-            iou(a, steepen(coverage(s, x, *yr)))
-            for s, *yr in zip(SHAPES, y_middle, radius, strict=True)
-        ]
-    )
+    y_middle = np.stack([y - SINK.get(s, 0) * r for s, r in zip(SHAPES, radius, strict=True)])
+    each = zip(SHAPES, y_middle, radius, strict=True)
+    overlap = np.stack([iou(a, steepen(coverage(s, x, *y_and_r))) for s, *y_and_r in each])
     best, rows = overlap.argmax(0), np.arange(len(a))
     ranked = np.sort(overlap, 0)
     good = (ranked[-1] > OVERLAP) & (ranked[-1] - ranked[-2] > MARGIN)
