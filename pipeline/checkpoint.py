@@ -52,7 +52,6 @@ def about(
     """What a model says of itself, plain data all of it.
 
     Arguments:
-        denoiser: The denoiser.
         codec: What makes rows of x.
         conditioning: What makes u of prompts; `None` for an unconditional model.
         sampler: How to draw where nothing else is said.

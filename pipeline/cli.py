@@ -103,13 +103,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check(options: Sequence[str], free: Sequence[str], parser: Parser) -> None:
-    """Raise `UserError` for what is no option of a door.
-
-    Arguments:
-        options: What its parser does not know.
-        free: How the names of further options begin.
-        parser: The door's parser.
-    """
+    """Raise `UserError` for what is no option of a door; `free` is how further ones begin."""
     if options and not options[0].startswith("--"):
         raise UserError(f"{options[0]!r} belongs to no option; see --help.")
     for word in options:

@@ -58,9 +58,7 @@ class Codec(Part, ABC):
         """Write drawn rows into a folder.
 
         Arguments:
-            rows: The rows.
             first: How many rows were written before.
-            folder: The folder.
             about: Of each row, before and now: its prompt and its seed. Where a row has a file of
                 its own, "file" is added.
             settings: How all rows were drawn.
@@ -112,19 +110,15 @@ class Pixels(Codec):
         return png.contact_sheet(rows, captions, columns)
 
     def dequantise(self, rows: Tensor, noise: Noise) -> Tensor:
-        r"""x drawn uniformly from the cell of each value k.
+        r"""x of uint8 rows (B, C, H, W), drawn uniformly from the cell of each value k.
 
         .. math:: x = \frac{k + v}{127.5} - 1, \quad v \sim U(-\tfrac{1}{2}, \tfrac{1}{2})
-
-        Arguments:
-            rows: uint8, with shape (B, C, H, W).
-            noise: Where v comes from.
         """
         k = rows.float()
         return (k + torch.special.ndtr(noise.normal(k)) - 0.5) / 127.5 - 1
 
     def bits(self, log_prob: Tensor) -> Tensor:
-        r"""The log-likelihood of x as bits for each value k, with shape (B,).
+        r"""The log-likelihood of x, in nats with shape (B,), as bits for each value k.
 
         .. math:: - \frac{\log p(x \mid u)}{d \log 2} + \log_2 127.5, \quad d = C H W
 
@@ -134,9 +128,6 @@ class Pixels(Codec):
 
         References:
             | Theis et al., 2016, section 3.1; https://arxiv.org/abs/1511.01844
-
-        Arguments:
-            log_prob: The log-likelihood in nats, with shape (B,).
         """
         return math.log2(127.5) - log_prob / (math.prod(self.shape) * math.log(2))
 

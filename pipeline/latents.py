@@ -76,10 +76,8 @@ class Latents(Pixels):
                 "Latents need the package diffusers: install it by "
                 'pip install "conditional-score-pipeline[latents]".'
             ) from error
-        found = AutoencoderKL.from_pretrained(
-            self.folder, use_safetensors=True, local_files_only=True
-        )
-        return found.eval().requires_grad_(False)
+        how = {"use_safetensors": True, "local_files_only": True}
+        return AutoencoderKL.from_pretrained(self.folder, **how).eval().requires_grad_(False)
 
     def means(self, rows: Tensor) -> Tensor:
         """The means E of pictures (B, C, H, W), before scale and shift, (B, \\*shape)."""

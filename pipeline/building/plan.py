@@ -207,12 +207,9 @@ class Resolver:
 
 
 def build(node: Any, kind: type[T], trust: Sequence[str] = (), **how: Any) -> T:
-    """The object that a description names, of a wanted family, from this package or a trusted
-    one.
+    """The object that a node names, of a wanted family, from this package or a trusted one.
 
     Arguments:
-        node: A node.
-        kind: The family.
         trust: Packages, or modules, beside our own whose classes may be named.
         how: See `Resolver`.
 

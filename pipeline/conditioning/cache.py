@@ -75,12 +75,10 @@ class Table:
         self.starts = torch.cat([s.lengths.cumsum(0) - s.lengths for s in opened])
         self.longest = max(1, int(self.lengths.max()))  # tokens that a row is padded to
         # as arrays, whose slices cost a microsecond, and those of tensors several
-        self.opened: list[Any] = [
-            SimpleNamespace(
-                **{k: None if p is None else p.numpy() for k, p in s._asdict().items()}
-            )
-            for s in opened
+        arrays = [
+            {k: p if p is None else p.numpy() for k, p in s._asdict().items()} for s in opened
         ]
+        self.opened: list[Any] = [SimpleNamespace(**of) for of in arrays]
 
     def __getstate__(self) -> dict[str, Any]:  # pickling a memory map copies the whole of it
         return {"shards": self.shards}
@@ -122,9 +120,7 @@ class Table:
 
 
 def embed_distinct(
-    conditioning: Conditioning,
-    values: Sequence[Any] | Tensor,
-    cache_dir: str | Path | None,
+    conditioning: Conditioning, values: Sequence[Any] | Tensor, cache_dir: str | Path | None
 ) -> tuple[Table, Tensor]:
     """The embeddings of the K distinct values among N, in the order they are first seen.
 
@@ -134,7 +130,6 @@ def embed_distinct(
     with a warning.
 
     Arguments:
-        conditioning: What embeds.
         values: N prompts, classes or vectors (a sequence, an array or a tensor).
         cache_dir: The folder of cached tables; None keeps nothing.
 

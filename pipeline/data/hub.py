@@ -162,10 +162,8 @@ class Hub(Pictures):
 
         name = self.split_name(split)
         if name not in self.everything:
-            raise UserError(
-                f"data.path {self.path!r} has no split {name!r}; it has "
-                f"{listed(sorted(self.everything, key='all'.__eq__))}."
-            )
+            has = listed(sorted(self.everything, key="all".__eq__))
+            raise UserError(f"data.path {self.path!r} has no split {name!r}; it has {has}.")
         if split == "val":
             self.check_apart()
         rows = self.everything[name]

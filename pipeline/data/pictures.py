@@ -116,12 +116,7 @@ class Pictures(DataModule):
         return row
 
     def source(self, split: str, together: bool = False) -> Source:
-        """The rows of a split, decoded where they are not kept yet.
-
-        Arguments:
-            split: Its name.
-            together: Whether all processes call this, to decode together.
-        """
+        """The rows of a split, decoded where they are not kept, by all processes if `together`."""
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
         other = self.condition_image
         given = None if other is None else self.decoded(split, other, together)
@@ -193,13 +188,9 @@ def write_map(
     make: Callable[[int, int, bool], Iterable[np.ndarray | str]],
     together: bool = False,
 ) -> None:
-    """Writes the rows of a memory map, all or nothing.
+    """Writes so many rows of a shape and a type to a memory map, all or nothing.
 
     Arguments:
-        path: The file.
-        number: The number of rows.
-        shape: The shape of a row.
-        dtype: Its type.
         make: Makes the rows from one to another, each or the reason why there is none; says how
             far it is unless the last argument is true.
         together: Whether every process calls this, and those of a machine make a part each.

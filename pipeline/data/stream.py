@@ -150,11 +150,8 @@ class Shards:
     is made as it is read.
 
     Arguments:
-        files: The shards.
         counts: The number of rows of each.
         columns: The names of the image and of the caption, or None.
-        shape: The shape of a picture.
-        fit: How a picture becomes a square.
         keep: The number of files that stay in memory, and one more.
     """
 

@@ -29,10 +29,9 @@ __all__ = ["CLIP", "clip_score", "distinct", "retrieval_accuracy", "shapes_adher
 def shapes_adherence(
     pictures: Tensor, wanted: Sequence[Attributes], order: np.random.Generator
 ) -> dict[str, Any]:
-    """Read the attributes of the built-in shapes back from the pixels.
+    """Read the attributes of the built-in shapes back from uint8 pictures (N, 3, 32, 32).
 
     Arguments:
-        pictures: uint8, with shape (N, 3, 32, 32).
         wanted: What was asked of each.
         order: Decides how prompts are shuffled.
 
@@ -168,9 +167,7 @@ def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[
     A tie is a miss, so a space that tells nothing apart scores 0.
 
     References:
-        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
-        |   2021), section 3.1, for choosing among prompts by the cosine
-        | https://arxiv.org/abs/2103.00020
+        | Radford et al., 2021, section 3.1; https://arxiv.org/abs/2103.00020
 
     Arguments:
         pictures: The embeddings f of pictures, with shape (N, d).

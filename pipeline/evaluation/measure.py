@@ -27,7 +27,7 @@ from pipeline.evaluation.adherence import CLIP
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.judge import judge_of
 from pipeline.evaluation.reference import reference_of
-from pipeline.evaluation.statistics import Reference, Statistics, by_class
+from pipeline.evaluation.statistics import Statistics, by_class
 from pipeline.generator import Generator
 from pipeline.noise import Noise, PictureNoise
 from pipeline.samplers import Likelihood, State
@@ -60,7 +60,8 @@ class Measure:
         self, data: DataModule, features: Features, number: int, clip: CLIP | None = None
     ) -> None:
         self.data, self.features, self.number, self.clip = data, features, number, clip
-        self.reference = open_reference(data, features, number)
+        taken = min(TIMES * number, len(data.rows("train").x))
+        self.reference = in_turn(lambda: reference_of(data, "train", features, taken)[0])
         self.values, self.truth = data.held_out(number)
         self.judge = in_turn(lambda: judge_of(data, features.device))
         self.wanted = {
@@ -136,9 +137,10 @@ class Measure:
         return found
 
     def score(self, pictures: Tensor, values: list[Any]) -> dict[str, Any]:
-        """Distances of pictures from the reference: Fréchet, kernel with the ends of its 95 %
-        interval, precision, recall, density and coverage; with CLIP, the mean score of a picture
-        with its prompt, and the part of them that finds its own prompt among all.
+        """Distances of uint8 pictures (N, C, H, W) from the reference: Fréchet, kernel with the
+        ends of its 95 % interval, precision, recall, density and coverage; with CLIP, the mean
+        score of a picture with its prompt, and the part of them that finds its own prompt among
+        all.
 
         Kernel to coverage take at most 10,000 pictures, and as many of the reference; precision to
         coverage are left out where these are fewer than 6.
@@ -149,10 +151,6 @@ class Measure:
 
         Where the prompts are classes, the Fréchet distance within each, if each has more pictures
         than a feature has numbers, here and among those whose features the reference keeps.
-
-        Arguments:
-            pictures: uint8, with shape (N, C, H, W).
-            values: The prompt of each.
         """
         statistics, of_all = read(self.features, pictures)
         y = of_all[:KEPT]
@@ -195,12 +193,6 @@ class Measure:
         of_real = by_class(self.reference.features, labels)
         found = distances.frechet_by_class(of_real, by_class(features, values))
         return {str(label): value for label, value in found.items()}
-
-
-def open_reference(data: DataModule, features: Features, number: int) -> Reference:
-    """The reference for so many pictures, made by the first process where there is none."""
-    taken = min(TIMES * number, len(data.rows("train").x))
-    return in_turn(lambda: reference_of(data, "train", features, taken)[0])
 
 
 def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:

@@ -46,12 +46,7 @@ PALETTE = np.array(list(COLOURS.values()), np.float32)  # (K, 3)
 
 
 def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | None]:
-    """What each picture shows, or None.
-
-    Arguments:
-        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
-        batch: How many to read at a time.
-    """
+    """What each of uint8 pictures (N, 3, 32, 32) shows, or None; `batch` are read at a time."""
     pixels = torch.as_tensor(pictures).cpu().numpy().astype(np.float32)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, 32, 32):
         raise ValueError(f"Pictures have shape {tuple(pixels.shape)}; expected (N, 3, 32, 32).")
@@ -130,14 +125,10 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dict[str, Any]:
-    r"""How well pictures show what was asked for.
+    r"""How well uint8 pictures (N, 3, 32, 32) show what was asked for.
 
     An attribute that was not asked for (None) counts for nothing; an unread picture gets every
     asked one wrong.
-
-    Arguments:
-        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
-        wanted: What was asked of each.
 
     Returns: `colour`, `shape`, `size`, `position`: the part right; `mean`: of these four; `all`:
         the part with everything right; `read`: the part that shows one object at all;
@@ -164,13 +155,8 @@ def grain(pictures: Tensor | np.ndarray) -> float | None:
     from the ground's colour, over channels and all pixels more than two from the object.
 
     White is the end of the range: noise of standard deviation σ around it, cut off there, has a
-    grain of :math:`\sigma / \sqrt{2}`.
-
-    Arguments:
-        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
-
-    Returns:
-        The grain; `None` where no picture shows one object.
+    grain of :math:`\sigma / \sqrt{2}`. It is `None` where none of the uint8 pictures
+    (N, 3, 32, 32) shows one object.
     """
     shown = np.array([one is not None for one in read(pictures)])
     pixels, square, count = torch.as_tensor(pictures).cpu().numpy()[shown], 0.0, 0

@@ -11,8 +11,7 @@ mean far from zero costs no digits. The rule is exact, so it does not matter in 
 what batches or on how many devices the features came.
 
 References:
-    | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub and
-    |   LeVeque, 1979), equations (1.5)
+    | Chan, Golub and LeVeque, 1979, equations (1.5)
     | http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
 """
 
@@ -150,10 +149,9 @@ class Reference(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path, about: dict[str, str]) -> "Reference":
-        """Reads a file, if it is about what is asked for.
+        """Reads a file written by :meth:`save`, if it is about what is asked for.
 
         Arguments:
-            path: A file written by :meth:`save`.
             about: What has to be the same in its metadata; further entries of it may be anything.
 
         Raises:

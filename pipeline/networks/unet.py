@@ -75,9 +75,7 @@ class UNet(Network):
 
     References:
         | Ronneberger et al., 2015; https://arxiv.org/abs/1505.04597
-        | Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol, 2021): the modulation
-        |   by scale and shift
-        | https://arxiv.org/abs/2105.05233
+        | Dhariwal & Nichol, 2021: the modulation; https://arxiv.org/abs/2105.05233
         | Liu et al., 2018: the coordinates; https://arxiv.org/abs/1807.03247
 
     Arguments:

@@ -46,8 +46,7 @@ class Inception(Features):
 
     References:
         | Heusel et al., 2017; https://arxiv.org/abs/1706.08500
-        | Rethinking the Inception Architecture for Computer Vision (Szegedy et al., 2015)
-        | https://arxiv.org/abs/1512.00567
+        | Szegedy et al., 2015; https://arxiv.org/abs/1512.00567
         | https://github.com/mseitzer/pytorch-fid
 
     Arguments:
