@@ -52,9 +52,7 @@ class Codec(Part, ABC):
         """The rows of x."""
 
     @abstractmethod
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """Write drawn rows into a folder.
 
         Arguments:
@@ -97,9 +95,7 @@ class Pixels(Codec):
     def decode(self, x: Tensor) -> Tensor:
         return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """One PNG for each picture, with how it was made in its text fields."""
         for i, picture in enumerate(rows, start=first):
             text = {"Title": about[i]["prompt"], "Settings": json.dumps(about[i] | settings)}
@@ -159,9 +155,7 @@ class Signals(Codec):
     def decode(self, x: Tensor) -> Tensor:
         return (x.float() * 32767).round().clamp(-32768, 32767).to(torch.int16)
 
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """One WAV for each signal, and all of them in `samples.npz` under the same names."""
         from scipy.io import wavfile
 
@@ -215,9 +209,7 @@ class Columns(Codec):
         own = "seed" if "seed" not in {*u, *x} else "seed of the draw"
         return u | {own: [one["seed"] for one in about]} | x
 
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """One line of `samples.csv` for each row."""
         columns = self.columns(rows, about[first : first + len(rows)])
         with (folder / "samples.csv").open("a", newline="", encoding="utf-8") as file:

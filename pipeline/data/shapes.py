@@ -279,8 +279,8 @@ class Relations(Drawings):
         objects = [Attributes(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
         objects = [objects[i] for i in generator.permutation(len(objects))]
         seen, unseen = [], []
-        of_three = map(enumerate, (objects, objects, ("left of", "above")))
-        for (i, a), (j, b), (k, relation) in product(*of_three):
+        three = enumerate(objects), enumerate(objects), enumerate(("left of", "above"))
+        for (i, a), (j, b), (k, relation) in product(*three):
             if a != b:
                 held_out = (i + 2 * j + k) % 5 == 0
                 both = Pair(a, relation, b), Pair(b, OPPOSITE[relation], a)
@@ -317,7 +317,7 @@ def columns(plan: list[Any]) -> dict[str, list[str]]:
     return {name: [one[name] for one in flat] for name in flat[0]}
 
 
-def flatten(pair: Pair) -> dict[str, str]:
+def flatten(pair: Any) -> dict[str, str]:
     a, b = pair.first, pair.second
     first = {"first_colour": a.colour, "first_shape": a.shape}
     second = {"second_colour": b.colour, "second_shape": b.shape}
