@@ -89,9 +89,7 @@ def asked(signum: int, frame: object) -> NoReturn:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options with a dot in their name, each with its value, and all the rest: a prompt that
-    stands behind such an option must not be taken for its value, or the value for a prompt.
-    """
+    """Options with a dot, each with its value, and the rest: a prompt may stand behind them."""
     dotted, rest, words = [], [], list(argv)
     while words:
         word = words.pop(0)

@@ -182,9 +182,7 @@ def parted(x: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def join(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun has started, where it has, and says the device of this
-    one: where "auto" is asked for, each takes a GPU of its own.
-    """
+    """Joins torchrun's processes, if any, and says this one's device: for "auto" its own GPU."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device == "auto":
         local = f"cuda:{os.environ['LOCAL_RANK']}" if several else "cuda"

@@ -40,9 +40,7 @@ def plain_path(at: At) -> At:
 
 
 class Plan(NamedTuple):
-    """An object that is wanted: its class, and its arguments, each a value or a plan. A factory
-    makes the object from what is still to come.
-    """
+    """A class and its arguments, each a value or a plan; a factory lacks some, still to come."""
 
     cls: Callable
     arguments: dict[str, Any]

@@ -81,9 +81,7 @@ class Index(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """A batch as the loader yields it; u is int64 indices into the table (B,), or the conditions
-    themselves, or what they are made of.
-    """
+    """A batch as the loader yields it: u is indices into a table (B,), conditions, or values."""
 
     x: Tensor
     u: Tensor | U | list[str]
@@ -252,9 +250,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return {"u_dim": u.dim if u else 0, "planes": u.planes if u else 0, **self.codec.sizes}
 
     def prompts(self, number: int = 16) -> list[Any]:
-        """Distinct values of the rows to validate on, evenly spaced, each with the picture of a
-        row that has it: what is drawn to look at.
-        """
+        """Distinct values of `val` to look at, evenly spaced, each with a row's picture."""
         source, first = self.rows("val"), dict[Any, int]()
         values = [""] if source.values is None else source.values
         alone = self.picture is not None and self.prompt is None
@@ -275,9 +271,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return [Given(*one) for one in zip(prompts, planes, strict=True)]
 
     def asked(self, number: int) -> np.ndarray:
-        """The rows of the split `val` whose values a model is asked for when it is measured: in an
-        order drawn by a fixed seed, each once before any twice.
-        """
+        """Rows of `val` to ask a model for, in one random order, each once before any twice."""
         return in_rounds(len(self.rows("val").x), number, np.random.default_rng(0))
 
     def held_out(self, number: int) -> tuple[list[Any], Tensor]:
@@ -361,9 +355,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore
 
     def again(self, epoch: int) -> int | None:
-        """How many batches the run is to see again and again, by `trainer.overfit_batches`, or by
-        `trainer.limit_train_batches` where it is less than the batches of an epoch.
-        """
+        """How many batches come again and again, by the trainer's overfitting or limit, if any."""
         if self.trainer is None:
             return None
         limit = self.trainer.limit_train_batches  # overfit_batches sets it too

@@ -66,9 +66,7 @@ class Protocol:
 
 
 class Sweep:
-    """What all points share: protocol, features, CLIP where prompts are scored too, the store, the
-    command that asked for all this, and the measures of data that were opened.
-    """
+    """What all points share, and the measures of the data that were opened."""
 
     def __init__(
         self, protocol: Protocol, features: Features, clip: CLIP | None, store: Store, command: str
@@ -165,9 +163,7 @@ class Model:
 
     @cached_property
     def bits(self) -> dict[str, float]:
-        """Where asked for, the bits for each value of true pictures: their mean and its standard
-        error. Sampler and guidance have no part in it.
-        """
+        """If asked for, the bits for each value of true pictures: mean and its standard error."""
         protocol, generator = self.sweep.protocol, self.generator
         if protocol.likelihood is None:
             return {}

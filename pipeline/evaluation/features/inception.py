@@ -141,9 +141,7 @@ E: Branches = {
 
 
 class Conv(nn.Module):
-    """Convolution, batch normalisation, ReLU; the size stays, or is that of the places where the
-    kernel lies `inside`, as it does with a stride of 2.
-    """
+    """Convolution, normalisation, ReLU; the size stays but for a stride of 2, or `inside`."""
 
     def __init__(
         self, channels: int, out: int, kernel: Size, stride: int = 1, inside: bool = False
