@@ -115,6 +115,7 @@ def choose(
 ) -> dict[str, Any]:
     """Draw with these from now on, or with the run's where `None`; returns them in words."""
     from pipeline.building import OURS, Config, Text, brief, make
+    from pipeline.checkpoint import Checkpoint
     from pipeline.denoisers import Denoiser
     from pipeline.guidance import Guidance
     from pipeline.samplers import Sampler
@@ -132,7 +133,15 @@ def choose(
     config.add(options)
 
     def weaker(path: str) -> Denoiser:
-        return second_denoiser(path, checkpoint, generator.device)
+        """The denoiser of another checkpoint, for x and u as those of the first."""
+        other = Checkpoint(path, checkpoint.trust)
+        for key, what in (("codec", "other data"), ("fingerprint", "another conditioning")):
+            if other.about[key] != checkpoint.about[key]:
+                raise UserError(
+                    f"{other.path} is a model of {what} than {checkpoint.path}, and cannot guide "
+                    "it."
+                )
+        return other.denoiser().to(generator.device)
 
     how: dict[str, Any] = {"trust": (OURS, *checkpoint.trust), "openers": {Denoiser: weaker}}
     generator.sampler = make(config.resolve("sampler", Sampler, **how))
@@ -153,19 +162,6 @@ def choose(
         "guidance": brief(generator.guidance),
         "shape": list(generator.codec.shape),
     }
-
-
-def second_denoiser(path: str, checkpoint: "Checkpoint", device: Any) -> Any:
-    """The denoiser of another checkpoint, for x and u as those of a first."""
-    from pipeline.checkpoint import Checkpoint
-
-    other = Checkpoint(path, checkpoint.trust)
-    for key, what in (("codec", "other data"), ("fingerprint", "another conditioning")):
-        if other.about[key] != checkpoint.about[key]:
-            raise UserError(
-                f"{other.path} is a model of {what} than {checkpoint.path}, and cannot guide it."
-            )
-    return other.denoiser().to(device)
 
 
 def read_features(file: str | None, device: str) -> "Features":
