@@ -174,9 +174,8 @@ class PictureNoise(Noise):
     def normal(self, like: Tensor) -> Tensor:
         """The same, row by row; B is the number of seeds."""
         self._check(len(like))
-        rows = [
-            torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators
-        ]
+        shape, kind = like.shape[1:], like.dtype
+        rows = [torch.randn(shape, generator=g, dtype=kind) for g in self.generators]
         return torch.stack(rows).to(like.device)
 
     def uniform(self, n: int) -> Tensor:

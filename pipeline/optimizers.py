@@ -149,10 +149,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.found_inf is not None:
             # an average that is its own gradient stays as it is, and a rate of 0 moves nothing
             bad = self.found_inf > 0
-            gradients = [
-                torch.where(bad, average, gradient)
-                for average, gradient in zip(averages, gradients, strict=True)
-            ]
+            pairs = zip(averages, gradients, strict=True)
+            gradients = [torch.where(bad, average, gradient) for average, gradient in pairs]
             lr = lr * ~bad
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])  # type: ignore
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # type: ignore

@@ -217,9 +217,9 @@ def read_captions(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
         for name in found.captions
     }
     said = {name: lines.get(os.path.splitext(name)[0], []) for name in found.pictures}
-    if max(map(len, said.values())) > 1:
-        return {name: {"caption": some} for name, some in said.items()}, set()
-    return {name: {"caption": "".join(some)} for name, some in said.items()}, set()
+    several = max(map(len, said.values())) > 1
+    captions = {name: some if several else "".join(some) for name, some in said.items()}
+    return {name: {"caption": some} for name, some in captions.items()}, set()
 
 
 def place(

@@ -92,12 +92,9 @@ class OpenMoji(Pictures):
         ]
         font = ImageFont.truetype(str(self.font), 16)
         width, missing = font.getlength("😀"), draw("\U0010ffff", font, 24)
-        return [
-            one
-            for one in known
-            if font.getlength(one.characters) == width  # one drawing and not several
-            and draw(one.characters, font, 24) != missing
-        ]
+        # one drawing and not several
+        known = [one for one in known if font.getlength(one.characters) == width]
+        return [one for one in known if draw(one.characters, font, 24) != missing]
 
     def plan(self, split: str) -> list[Emoji]:
         if split not in self.splits:

@@ -304,17 +304,16 @@ def read_tar(file: Path, image: str, caption: str | None) -> list[Row]:
             if member.isfile() and key and kind:
                 content = opened.extractfile(member)
                 assert content is not None
-                rows.setdefault(os.path.join(folder, key), {})[kind.lower()] = (
-                    member.name,
-                    content.read() if caption is not None or is_picture(name) else b"",
-                )
-    found = []
+                wanted = caption is not None or is_picture(name)
+                found = member.name, content.read() if wanted else b""
+                rows.setdefault(os.path.join(folder, key), {})[kind.lower()] = found
+    filled = []
     for row in rows.values():
         pictures = [one for kind, one in row.items() if is_picture(f"x.{kind}")]
         if pictures:
             name, encoded = pictures[0]
-            found.append(({"bytes": encoded, "path": f"{file}: {name}"}, words(row, caption)))
-    return found
+            filled.append(({"bytes": encoded, "path": f"{file}: {name}"}, words(row, caption)))
+    return filled
 
 
 def words(row: dict[str, tuple[str, bytes]], caption: str | None) -> str | None:

@@ -72,10 +72,8 @@ class CLIP(Vision):
 
     @property
     def resizing(self) -> str:
-        return (
-            f"shorter side bicubic with antialiasing to {self.shorter} rounded, centre "
-            f"{self.side} x {self.side}"
-        )
+        cut = f"centre {self.side} x {self.side}"
+        return f"shorter side bicubic with antialiasing to {self.shorter} rounded, {cut}"
 
     @property
     def shorter(self) -> int:

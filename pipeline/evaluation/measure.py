@@ -64,10 +64,8 @@ class Measure:
         self.reference = in_turn(lambda: reference_of(data, "train", features, taken)[0])
         self.values, self.truth = data.held_out(number)
         self.judge = in_turn(lambda: judge_of(data, features.device))
-        self.wanted = {
-            name: [column[row] for row in data.asked(number)]
-            for name, column in data.labelled("val").items()
-        }
+        rows, labels = data.asked(number), data.labelled("val")
+        self.wanted = {name: [column[k] for k in rows] for name, column in labels.items()}
         if len(self.truth) < 2:
             raise UserError(
                 "The data hold out one picture, and the distance of true pictures needs at least "
@@ -124,11 +122,10 @@ class Measure:
     def ladder(self) -> dict[str, float]:
         """The Fréchet distances of the floor's pictures, each made worse in one way."""
         x, noise = self.truth.float(), Noise("ladder")
-        worse = {
-            f"with noise of {levels} grey level{'s' if levels > 1 else ''}": x
-            + levels * noise.normal(x)
-            for levels in LEVELS
-        }
+        worse = {}
+        for levels in LEVELS:
+            name = f"with noise of {levels} grey level{'s' if levels > 1 else ''}"
+            worse[name] = x + levels * noise.normal(x)
         worse["blurred, 3 × 3"] = avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         found = {}
         for name, y in worse.items():
@@ -182,9 +179,7 @@ class Measure:
         return found
 
     def within_classes(self, features: Tensor, values: list[Any]) -> dict[str, float]:
-        """The Fréchet distance within each class that was asked for; nothing if there are not two,
-        or if one has no more pictures than a feature has numbers: its covariance is singular.
-        """
+        """The Fréchet distance within each class, if all have enough pictures; see `score`."""
         known = self.data.rows("train").values
         labels = [] if known is None else [known[row] for row in self.reference.rows.tolist()]
         real, drawn = Counter(labels), Counter(values)

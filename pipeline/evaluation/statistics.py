@@ -109,10 +109,8 @@ def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Sta
     rows: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
-    return {
-        label: Statistics(features.shape[1], features.device).update(features[some])
-        for label, some in rows.items()
-    }
+    how = features.shape[1], features.device
+    return {label: Statistics(*how).update(features[some]) for label, some in rows.items()}
 
 
 class Reference(NamedTuple):

@@ -29,9 +29,8 @@ def _log_prob(denoiser: Preconditioned, points: list[Tensor], u: U) -> Tensor:
     x_0, t = clean(denoiser, torch.cat(points))
     u = None if u is None else u.repeat(len(points))
     log_alpha = torch.log(denoiser.schedule(t)[0])
-    return (denoiser.log_prob(x_0, t, u) + x_0[0].numel() * log_alpha).unflatten(
-        0, (len(points), -1)
-    )
+    log_p = denoiser.log_prob(x_0, t, u) + x_0[0].numel() * log_alpha
+    return log_p.unflatten(0, (len(points), -1))
 
 
 class NCE(Objective):
