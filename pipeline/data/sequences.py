@@ -38,17 +38,10 @@ class Sequences(Hub):
 
     Arguments:
         path: The folder.
-        conditioning: What turns a caption or class name into u, or None.
-        caption: The column of captions; by default the first that there is of `caption`, `text`
-            and `label`, the names of class folders.
-        split: The split to train on; `all` is every row of every split.
-        val_split: The split to validate on; null holds out one in twenty training rows.
         length: The number of samples. A network folds it: a power of 2 is good.
         channels: 1 takes the mean of a file's channels; else as many as each file has.
         rate: The samples in a second of every file; an npy file does not say its own.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order.
-        cache_dir: Where signals and embeddings are kept; `~/.cache/conditional-pipeline` if null.
+        others: See :class:`pipeline.data.Hub`.
     """
 
     kind = np.int16
@@ -131,12 +124,10 @@ class Chirps(DataModule):
     others.
 
     Arguments:
-        conditioning: What turns a caption into u, or None.
         per_combination: Training rows of each seen combination; `val` and `unseen` have an eighth
             as many.
-        batch_size: The size of a global batch: all devices together.
         seed: What decides the held-out quarter, the tones and the order.
-        cache_dir: Where embeddings are kept; by default `~/.cache/conditional-pipeline`.
+        others: See :class:`pipeline.data.DataModule`.
     """
 
     def __init__(

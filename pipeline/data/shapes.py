@@ -229,7 +229,6 @@ class Shapes(Drawings):
         return sorted(seen), sorted(unseen)
 
     def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
-        """Combinations → uint8 pictures (N, 3, 32, 32)."""
         centre = np.array([POSITIONS[one.position] for one in plan])
         centre = centre + generator.uniform(-self.jitter, self.jitter, centre.shape)
         radius = np.array([SIZES[one.size] for one in plan])
@@ -253,7 +252,6 @@ class Relations(Drawings):
     "A left of B" and "B right of A" are the same picture, so they are held out together.
 
     Arguments:
-        per_combination: See `Drawings`.
         alone: The share of training captions that say one object only, "a red circle left of
             something": what a composition of two is made of.
         more: See `Drawings`.

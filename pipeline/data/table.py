@@ -40,10 +40,7 @@ class Table(DataModule):
         split: The split to train on, where there are several.
         val_split: The split to validate on; null holds out one row in twenty, the same in every
             run.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order.
-        cache_dir: Where copies of rows and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
+        others: See :class:`pipeline.data.DataModule`.
     """
 
     def __init__(
