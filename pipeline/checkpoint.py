@@ -189,10 +189,8 @@ class Checkpoint:
         length = as_length(name)
         if length is None or len(own) < 2:
             also = "; any length needs pipeline.callbacks.PowerEMA in training" if length else ""
-            raise UserError(
-                f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}"
-                f"{also}."
-            )
+            has = ", ".join(["trained", *kept])
+            raise UserError(f"{self.path} has no average {name!r}; it has {has}{also}.")
         step = self.content.get("global_step", 0)
         return trained | reconstruct(self.path.parent, step, length, own)
 

@@ -92,10 +92,8 @@ def packaged(module: str, name: str, expected: str, requirement: str, otherwise:
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"The package {requirement} is needed and not installed; run `make setup`, or "
-            f"{otherwise}."
-        )
+        lacks = f"The package {requirement} is needed and not installed"
+        raise UserError(f"{lacks}; run `make setup`, or {otherwise}.")
     file = Path(spec.origin).parent / name
     if not file.is_file() or sha256(file) != expected:
         raise UserError(

@@ -223,10 +223,10 @@ class Hub(Pictures):
             or bytes_and_path
             or kind in (Value("binary"), Value("large_binary"))
         ):
-            columns = listed(name for name, of in rows.features.items() if isinstance(of, Image))
+            has = listed(name for name, of in rows.features.items() if isinstance(of, Image))
+            has = has or "none"
             raise UserError(
-                f"Column {column!r} holds {kind}, not images; columns of images: "
-                f"{columns or 'none'}."
+                f"Column {column!r} holds {kind}, not images; columns of images: {has}."
             )
 
     def feature(self, rows: "datasets.Dataset", column: str, argument: str) -> Any:

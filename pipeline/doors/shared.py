@@ -137,10 +137,8 @@ def choose(
         other = Checkpoint(path, checkpoint.trust)
         for key, what in (("codec", "other data"), ("fingerprint", "another conditioning")):
             if other.about[key] != checkpoint.about[key]:
-                raise UserError(
-                    f"{other.path} is a model of {what} than {checkpoint.path}, and cannot guide "
-                    "it."
-                )
+                said = f"{other.path} is a model of {what} than {checkpoint.path}"
+                raise UserError(f"{said}, and cannot guide it.")
         return other.denoiser().to(generator.device)
 
     how: dict[str, Any] = {"trust": (OURS, *checkpoint.trust), "openers": {Denoiser: weaker}}
