@@ -46,8 +46,7 @@ def on_machine() -> tuple[int, list[int]]:
 
 
 def share(trainer: Any) -> tuple[int, int]:
-    """Which part of a global batch is this process's, and the number of parts, in the run of a
-    Lightning trainer; 0 and 1 where there is none.
+    """Which part of a trainer's global batch is this process's, of how many; 0 of 1 without one.
 
     Raises:
         UserError: The trainer counts other processes than there are.
@@ -77,11 +76,7 @@ def first(make: Callable[[], T]) -> T:
 
 
 def each(make: Callable[[], T]) -> list[T]:
-    """What every process makes, in every process, that of the first first. Every process has to
-    call it.
-
-    Where one fails, all fail.
-    """
+    """What each makes, in all, in order. Every process has to call it; where one fails, all do."""
     _, world = place()
     if world == 1:
         return [make()]

@@ -32,9 +32,7 @@ class Latents(Pixels):
 
     Arguments:
         name: The autoencoder: a folder, or a name on the Hugging Face hub.
-        channels: 3 for colour, 1 for grey.
-        height: The height of a picture in pixels.
-        width: The width of a picture in pixels.
+        channels, height, width: See :class:`pipeline.codec.Pixels`.
         weights: The sha256 that its weights are to have; by default of those that are there.
 
     Raises:

@@ -1,5 +1,4 @@
-"""Pictures are decoded once, to a uint8 memory map (N, C, H, W) that later runs open as it
-is.
+"""Pictures are decoded once, to a uint8 memory map (N, C, H, W) that later runs open.
 
 The map's name is a digest of what decides its bytes (the data set's fingerprint, size, channels,
 the version of the rule below). It is written beside its place and moved there when complete, so a

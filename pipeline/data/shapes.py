@@ -132,7 +132,6 @@ class Drawings(Pictures):
     Splits: `train` and `val` (the seen four fifths, other drawings), `unseen` (the other fifth).
 
     Arguments:
-        conditioning: What turns a caption into u, or None.
         per_combination: Training drawings of each seen combination; `val` and `unseen` have an
             eighth as many.
         seed: What decides the held-out fifth, the drawings and the order.

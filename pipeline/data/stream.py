@@ -47,7 +47,6 @@ class Stream(DataModule):
 
     Arguments:
         path: The shards: files, or patterns such as `shards/*.tar`, in the order of their paths.
-        conditioning: What turns a caption into u, or None.
         image: The column of images of a parquet file.
         caption: The column of captions; of a .tar the member's extension, or a key of its .json.
         val_files: So many files, the last ones, are held out to validate on. They are decoded

@@ -81,8 +81,7 @@ def factor(c: Tensor) -> Tensor:
 def frechet_by_class(
     real: Mapping[Hashable, Statistics], generated: Mapping[Hashable, Statistics]
 ) -> dict[Hashable, float]:
-    """The Fréchet distance within each class that was generated: see
-    :func:`pipeline.evaluation.statistics.by_class`.
+    """The Fréchet distance within each class that was generated, of what `by_class` says.
 
     Raises:
         ValueError: A class was generated that the data do not have.

@@ -108,13 +108,11 @@ class DiT(Network):
 
     Arguments:
         channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.
-        u_dim: The width E of a token of u; 0 for an unconditional network.
+        u_dim, planes: See :class:`pipeline.networks.Network`.
         width: The width of a token in the network.
         depth: The number of blocks.
         patch: The side p of a patch: 2 for pictures of 32, 4 for 64, 8 for signals of 1,024.
         head_width: The number of channels of a head, a multiple of 4 that divides the width.
-        planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
-            where u is a picture.
         dims: 2 for pictures (C, H, W), 1 for signals (C, L).
 
     Raises:

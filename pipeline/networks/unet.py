@@ -80,7 +80,7 @@ class UNet(Network):
 
     Arguments:
         channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.
-        u_dim: The width E of a token of u; 0 for an unconditional network.
+        u_dim, planes: See :class:`pipeline.networks.Network`.
         widths: The number of channels of each stage, the finest first.
         blocks: The number of blocks of each stage, on the way down and again on the way up.
         patch: The side of the squares of pixels, or the length of the pieces of a signal, that
@@ -93,8 +93,6 @@ class UNet(Network):
         coordinates: Whether each place is told where it is, as `dims` more channels in [-1, 1]. A
             convolution knows a place only by its distance from the border; captions that name
             places are learned sooner with it.
-        planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
-            where u is a picture.
         dropout: The share of a block's numbers that are left out in training, for data that a
             network could learn by heart.
         dims: 2 for pictures (C, H, W), 1 for signals (C, L).
