@@ -35,9 +35,7 @@ def place() -> tuple[int, int]:
 
 
 def on_machine() -> tuple[int, list[int]]:
-    """The number of this process among those that share its machine and its files, and their
-    ranks. Every process has to call it.
-    """
+    """This process's number among those of its machine, and their ranks. All have to call it."""
     files = Path("/proc/self/ns/mnt"), Path("/proc/sys/kernel/random/boot_id")
     known = [str(files[0].readlink()), files[1].read_text()] if files[0].is_symlink() else []
     every = each(lambda: [platform.node(), *known])
@@ -109,9 +107,7 @@ def barrier() -> None:
 
 
 def in_turn(make: Callable[[], T]) -> T:
-    """What this process makes, after the first process has made its own: so that the others find
-    what the first wrote down. Every process has to call it.
-    """
+    """What this process makes, after the first has and wrote it down; every process calls it."""
     rank, _ = place()
     if rank > 0:
         barrier()
@@ -153,9 +149,7 @@ def assembled(x: Tensor) -> Tensor:
 
 
 def collected(state: Any) -> Any:
-    """Mappings of tensors and other things, with those in parts whole, in the memory of the first
-    process; the others have `None` for them. Every process has to call it.
-    """
+    """Mappings of tensors, whole in the first process, `None` in others. All have to call it."""
     if isinstance(state, Mapping):
         return {key: collected(value) for key, value in state.items()}
     if not hasattr(state, "full_tensor"):

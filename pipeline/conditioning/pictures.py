@@ -199,6 +199,6 @@ class Grey(Picture):
 
 
 class Paired(Picture):
-    """Image to image: A(x) is another picture, of the column that `data.condition_image` names."""
+    """Image to image: A(x) is another picture, of the column `data.condition_image`."""
 
     pairs = True

@@ -120,9 +120,7 @@ class Windows(Order):
 
 
 class Pass(Sampler[Draw]):
-    """One pass in fixed order, each row with its first caption; the last global batch wraps
-    around, with weight 0, so every rank makes equal calls.
-    """
+    """One pass in order, first captions; the last batch wraps around with weight 0, for all."""
 
     def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.rows, self.batch_size = rows, batch_size
