@@ -1,7 +1,6 @@
 """The doors: `python -m pipeline fit / generate / sample / evaluate / reference`.
 
-Importing torch takes seconds, so a door imports what it needs when it runs, and help comes at
-once.
+Importing torch takes seconds, so a door imports what it needs as it runs: help comes at once.
 """
 
 import argparse

@@ -174,8 +174,7 @@ class ScoreModule(pl.LightningModule):
     def reseed(self, seed: int) -> None:
         """Seed the generator that layers draw from, such as dropout.
 
-        Not `torch.manual_seed`: without a GPU it keeps a stack trace of each call for the day
-        there is one.
+        Not `torch.manual_seed`: without a GPU it keeps a stack trace of each call for later.
         """
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":

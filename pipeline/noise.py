@@ -152,8 +152,7 @@ class Noise:
 
 
 class PictureNoise(Noise):
-    """One stream per picture: row i is a function of its seed, at any batch size and on any number
-    of devices.
+    """One stream per picture: row i is a function of its seed, at any batch size, on any devices.
 
     The numbers are drawn on the CPU, so that a picture's noise does not depend on the device
     either; a sampler with noise at every step waits for them, about 10 ns a number.

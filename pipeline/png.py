@@ -28,8 +28,7 @@ def contact_sheet(
 ) -> Image.Image:
     """A sheet of uint8 pictures (N, C, H, W), each with its caption below.
 
-    Small pictures are enlarged by a whole factor without smoothing, so that their pixels can be
-    seen.
+    Small pictures are enlarged by a whole factor without smoothing, so that pixels are seen.
 
     Arguments:
         pictures: The pictures.

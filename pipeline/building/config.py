@@ -50,8 +50,7 @@ class Config:
 
     Arguments:
         files: YAML files.
-        options: What stands on the command line, each `--KEY VALUE` or `--KEY=VALUE` with dots
-            between keys.
+        options: What stands on the command line, `--KEY VALUE` or `--KEY=VALUE`, KEY dotted.
 
     Raises:
         UserError: A file cannot be read, or an option is none.

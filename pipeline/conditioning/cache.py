@@ -126,8 +126,7 @@ def embed_distinct(
 
     Every process of a group has to call it; each makes its share of what is missing. Groups may
     call this at once: a file appears whole or not at all, and whichever is written last holds the
-    same. A file that cannot be read is made anew, one that cannot be written is done without, each
-    with a warning.
+    same. What cannot be read is made anew, what cannot be written is done without, with a warning.
 
     Arguments:
         values: N prompts, classes or vectors (a sequence, an array or a tensor).

@@ -53,8 +53,7 @@ class Source(NamedTuple):
     per row, or None.
 
     A row may have more values (several captions of a picture): one of all is drawn each time that
-    it is trained on, and `values` are the first of each. Of pairs, `given` are the other
-    pictures, as x.
+    it is trained on, and `values` are the first of each. `given` are the others of pairs, as x.
     """
 
     x: np.ndarray

@@ -43,8 +43,7 @@ class Hub(Pictures):
     list is left out. Without them, captions are in a file beside each picture, `cat.txt` for
     `cat.png`, one on each line; without these too, the names of the folders that pictures lie in
     are column `label`. The folder is one split, `train`, unless all pictures lie in P/train, P/val
-    or P/test, or `split` or `val_split` names another folder directly below: these are splits
-    then.
+    or P/test, or `split` or `val_split` names another folder directly below, which are splits.
 
     Arguments:
         path: A data set on the Hub, a folder (of pictures, or of parquet files), or parquet files:

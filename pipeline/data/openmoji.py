@@ -52,8 +52,7 @@ class OpenMoji(Pictures):
     captions: 1,655 of version 17, without flags of regions (proper names that say nothing of the
     picture) and without tones of skin.
 
-    The drawings are the OpenMoji project's, under CC BY-SA 4.0: what is made of them stays under
-    it.
+    The drawings are the OpenMoji project's, under CC BY-SA 4.0, and so is what is made of them.
 
     References:
         | https://openmoji.org

@@ -350,8 +350,7 @@ def cores() -> int:
 def make_room(folder: Path, size: int) -> None:
     """Makes the folder, without what a killed process left there a day ago or earlier.
 
-    A full disk kills a process that writes to a memory map without a word, so the space is asked
-    for before.
+    A full disk kills who writes to a memory map without a word, so the space is asked for before.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

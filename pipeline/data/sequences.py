@@ -124,8 +124,7 @@ class Chirps(DataModule):
     others.
 
     Arguments:
-        per_combination: Training rows of each seen combination; `val` and `unseen` have an eighth
-            as many.
+        per_combination: Training rows of each seen combination; an eighth in `val` and `unseen`.
         seed: What decides the held-out quarter, the tones and the order.
         others: See :class:`pipeline.data.DataModule`.
     """

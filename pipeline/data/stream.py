@@ -1,8 +1,7 @@
 """Pictures that are read from shards while a model trains, and never kept decoded.
 
 A shard is a parquet file or a WebDataset file (.tar). A few of them, a window, are in memory,
-still encoded; what a batch needs of them is decoded, and its captions are embedded, when it is
-its turn.
+still encoded; what a batch needs of them is decoded, its captions embedded, in its turn.
 """
 
 import json
@@ -49,8 +48,7 @@ class Stream(DataModule):
         path: The shards: files, or patterns such as `shards/*.tar`, in the order of their paths.
         image: The column of images of a parquet file.
         caption: The column of captions; of a .tar the member's extension, or a key of its .json.
-        val_files: So many files, the last ones, are held out to validate on. They are decoded
-            into memory.
+        val_files: So many files, the last ones, are held out to validate on, decoded in memory.
         window: So many files are mixed, and kept in memory encoded, in each process and worker.
         size: The side of a picture in pixels.
         channels: 3 for colour, 1 for grey.

@@ -38,8 +38,7 @@ class Table(DataModule):
         x: The columns that are drawn.
         u: The columns that are asked for.
         split: The split to train on, where there are several.
-        val_split: The split to validate on; null holds out one row in twenty, the same in every
-            run.
+        val_split: The split to validate on; null holds out one row in twenty, always the same.
         others: See :class:`pipeline.data.DataModule`.
     """
 

@@ -294,8 +294,7 @@ def inception_score(logits: Tensor, noise: Noise, splits: int = 10) -> tuple[flo
     Arguments:
         logits: Class logits of generated pictures, with shape :math:`(M, K)`.
         noise: Decides who is in which split.
-        splits: In how many equal parts the set is cut; published scores are means over 10, of
-            50,000 pictures.
+        splits: In how many equal parts the set is cut; published scores are of 10 with 5,000 each.
 
     Raises:
         ValueError: There are fewer logits than splits.

@@ -136,8 +136,7 @@ class Measure:
     def score(self, pictures: Tensor, values: list[Any]) -> dict[str, Any]:
         """Distances of uint8 pictures (N, C, H, W) from the reference: Fréchet, kernel with the
         ends of its 95 % interval, precision, recall, density and coverage; with CLIP, the mean
-        score of a picture with its prompt, and the part of them that finds its own prompt among
-        all.
+        score of a picture with its prompt, and the part of them that finds its own among all.
 
         Kernel to coverage take at most 10,000 pictures, and as many of the reference; precision to
         coverage are left out where these are fewer than 6.

@@ -10,8 +10,7 @@ the object covers:
    the one whose overlap :math:`\sum \min(a, b) / \sum \max(a, b)` is largest, if it is large:
    holes, noise, a second object all lower it; and the edge, :math:`\sum 4 a (1 - a)` for each
    pixel of half-extent, must be sharp;
-4. *size* from that shape's extent, *position* from its middle, where both are near one that
-   exists.
+4. *size* from that shape's extent, *position* from its middle, where such ones exist nearby.
 
 What fails a test is read as None: not a picture of one object. The thresholds let through noise of
 ±20 grey levels and edges softened by half a pixel.
@@ -127,8 +126,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dict[str, Any]:
     r"""How well uint8 pictures (N, 3, 32, 32) show what was asked for.
 
-    An attribute that was not asked for (None) counts for nothing; an unread picture gets every
-    asked one wrong.
+    What was not asked for (None) counts for nothing; an unread picture gets every asked one wrong.
 
     Returns: `colour`, `shape`, `size`, `position`: the part right; `mean`: of these four; `all`:
         the part with everything right; `read`: the part that shows one object at all;

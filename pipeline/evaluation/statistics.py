@@ -49,8 +49,7 @@ class Statistics:
     def update(self, features: Tensor) -> "Statistics":
         """Adds features, of any precision, with shape :math:`(B, D)`; B may be 0.
 
-        A batch costs one matrix product: :math:`\\delta`, scaled, is one more row of the centred
-        batch.
+        A batch costs one matrix product: :math:`\\delta`, scaled, is one more row of it, centred.
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(

@@ -97,8 +97,7 @@ def zero(layer: nn.Module) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Attention, :math:`\operatorname{softmax}(q k^T / \sqrt{C}) \, v`; 0 where nothing may be
-    seen.
+    r"""Attention, :math:`\operatorname{softmax}(q k^T / \sqrt{C}) \, v`; 0 where all is masked.
 
     The fused kernel of a processor takes, in bfloat16, two to ten times as long on its way back as
     plain products do, which this has there instead.

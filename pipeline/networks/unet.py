@@ -70,8 +70,7 @@ class UNet(Network):
     or several.
 
     The picture is folded first (pixel-unshuffle), since most of the cost of a convolutional
-    network lies in its finest maps. Stage k then works at 1 / (patch · 2ᵏ) of the picture's
-    resolution.
+    network lies in its finest maps. Stage k then works at 1 / (patch · 2ᵏ) of its resolution.
 
     References:
         | Ronneberger et al., 2015; https://arxiv.org/abs/1505.04597

@@ -82,8 +82,7 @@ class OneLevelDSM(Objective):
 
     Here :math:`\tilde x = x_t / \alpha_t` and :math:`\phi` is the score of its law, so the bracket
     is D at the time of noise ratio σ. The least value is reached by the score of the *noisy* law,
-    whose variance is :math:`\sigma^2` larger than that of the data; the other times are not
-    trained.
+    whose variance is :math:`\sigma^2` larger than that of the data; no other time is trained.
 
     References:
         | Vincent, 2011; https://doi.org/10.1162/NECO_a_00142
@@ -121,8 +120,7 @@ class DSM(Objective):
     .. math:: w(t) \, \frac{1}{d} \| D(\alpha_t x + \sigma_t n, t, u) - x \|^2, \quad
         t \sim \text{levels}, \quad d = \dim x
 
-    Without a weight w it is the denoiser's own, which puts the error in units of the network's
-    output.
+    Without a weight w it is the denoiser's own: the error in units of the network's output.
 
     References:
         | Karras et al., 2022, equation (8); https://arxiv.org/abs/2206.00364

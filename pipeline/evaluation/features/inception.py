@@ -7,8 +7,7 @@ from the Inception-v3 of the paper and of torchvision in three ways:
 - the last block pools by the maximum where all others take the mean;
 - the classifier has 1008 outputs.
 
-The port to torch of those weights is one file, under whose names (those of torchvision) the layers
-here are called.
+The port to torch of those weights is one file, by whose names (torchvision's) layers are called.
 """
 
 from collections import defaultdict
