@@ -78,11 +78,8 @@ def keep(folder: Path, step: int, averages: dict[str, dict[str, Tensor]]) -> Non
     """Keep the averages of a step, for each length the weights by name, in the run's folder."""
     from safetensors.torch import save_file
 
-    named = {
-        f"{length}/{name}": w.detach().cpu().contiguous()
-        for length, weights in averages.items()
-        for name, w in weights.items()
-    }
+    named = {f"{length}/{name}": w for length, of in averages.items() for name, w in of.items()}
+    named = {name: w.detach().cpu().contiguous() for name, w in named.items()}
     with whole(folder / FOLDER / f"{step:08d}.safetensors") as part:
         save_file(named, part)
 

@@ -52,7 +52,6 @@ def about(
     """What a model says of itself, plain data all of it.
 
     Arguments:
-        denoiser: The denoiser.
         codec: What makes rows of x.
         conditioning: What makes u of prompts; `None` for an unconditional model.
         sampler: How to draw where nothing else is said.
@@ -190,10 +189,8 @@ class Checkpoint:
         length = as_length(name)
         if length is None or len(own) < 2:
             also = "; any length needs pipeline.callbacks.PowerEMA in training" if length else ""
-            raise UserError(
-                f"{self.path} has no average {name!r}; it has {', '.join(['trained', *kept])}"
-                f"{also}."
-            )
+            has = ", ".join(["trained", *kept])
+            raise UserError(f"{self.path} has no average {name!r}; it has {has}{also}.")
         step = self.content.get("global_step", 0)
         return trained | reconstruct(self.path.parent, step, length, own)
 

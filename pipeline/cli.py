@@ -1,7 +1,6 @@
 """The doors: `python -m pipeline fit / generate / sample / evaluate / reference`.
 
-Importing torch takes seconds, so a door imports what it needs when it runs, and help comes at
-once.
+Importing torch takes seconds, so a door imports what it needs as it runs: help comes at once.
 """
 
 import argparse
@@ -89,9 +88,7 @@ def asked(signum: int, frame: object) -> NoReturn:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options with a dot in their name, each with its value, and all the rest: a prompt that
-    stands behind such an option must not be taken for its value, or the value for a prompt.
-    """
+    """Options with a dot, each with its value, and the rest: a prompt may stand behind them."""
     dotted, rest, words = [], [], list(argv)
     while words:
         word = words.pop(0)
@@ -103,13 +100,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check(options: Sequence[str], free: Sequence[str], parser: Parser) -> None:
-    """Raise `UserError` for what is no option of a door.
-
-    Arguments:
-        options: What its parser does not know.
-        free: How the names of further options begin.
-        parser: The door's parser.
-    """
+    """Raise `UserError` for what is no option of a door; `free` is how further ones begin."""
     if options and not options[0].startswith("--"):
         raise UserError(f"{options[0]!r} belongs to no option; see --help.")
     for word in options:

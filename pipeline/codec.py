@@ -52,15 +52,11 @@ class Codec(Part, ABC):
         """The rows of x."""
 
     @abstractmethod
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """Write drawn rows into a folder.
 
         Arguments:
-            rows: The rows.
             first: How many rows were written before.
-            folder: The folder.
             about: Of each row, before and now: its prompt and its seed. Where a row has a file of
                 its own, "file" is added.
             settings: How all rows were drawn.
@@ -99,9 +95,7 @@ class Pixels(Codec):
     def decode(self, x: Tensor) -> Tensor:
         return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """One PNG for each picture, with how it was made in its text fields."""
         for i, picture in enumerate(rows, start=first):
             text = {"Title": about[i]["prompt"], "Settings": json.dumps(about[i] | settings)}
@@ -112,19 +106,15 @@ class Pixels(Codec):
         return png.contact_sheet(rows, captions, columns)
 
     def dequantise(self, rows: Tensor, noise: Noise) -> Tensor:
-        r"""x drawn uniformly from the cell of each value k.
+        r"""x of uint8 rows (B, C, H, W), drawn uniformly from the cell of each value k.
 
         .. math:: x = \frac{k + v}{127.5} - 1, \quad v \sim U(-\tfrac{1}{2}, \tfrac{1}{2})
-
-        Arguments:
-            rows: uint8, with shape (B, C, H, W).
-            noise: Where v comes from.
         """
         k = rows.float()
         return (k + torch.special.ndtr(noise.normal(k)) - 0.5) / 127.5 - 1
 
     def bits(self, log_prob: Tensor) -> Tensor:
-        r"""The log-likelihood of x as bits for each value k, with shape (B,).
+        r"""The log-likelihood of x, in nats with shape (B,), as bits for each value k.
 
         .. math:: - \frac{\log p(x \mid u)}{d \log 2} + \log_2 127.5, \quad d = C H W
 
@@ -134,9 +124,6 @@ class Pixels(Codec):
 
         References:
             | Theis et al., 2016, section 3.1; https://arxiv.org/abs/1511.01844
-
-        Arguments:
-            log_prob: The log-likelihood in nats, with shape (B,).
         """
         return math.log2(127.5) - log_prob / (math.prod(self.shape) * math.log(2))
 
@@ -168,9 +155,7 @@ class Signals(Codec):
     def decode(self, x: Tensor) -> Tensor:
         return (x.float() * 32767).round().clamp(-32768, 32767).to(torch.int16)
 
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """One WAV for each signal, and all of them in `samples.npz` under the same names."""
         from scipy.io import wavfile
 
@@ -182,9 +167,7 @@ class Signals(Codec):
                     np.save(file, row)
 
     def sheet(self, rows: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-        """The waveforms, −1 to 1, and below each its first channel's frequencies, 0 to half of the
-        rate, over 60 decibels.
-        """
+        """The waveforms, and below each its first channel's frequencies, over 60 decibels."""
         x, (wide, high) = rows.float() / 32767, (160, 64)
         top, low = (sign * F.adaptive_max_pool1d(sign * x, wide) for sign in (1, -1))
         y = torch.linspace(1, -1, high, device=x.device)[:, None]  # (H, 1)
@@ -219,18 +202,14 @@ class Columns(Codec):
         return x
 
     def columns(self, rows: Tensor, about: list[dict]) -> dict[str, list]:
-        """Drawn rows by column: their prompts, or what these say of each part, their seeds, their
-        numbers.
-        """
+        """Drawn rows by column: what was asked for, their seeds, their numbers."""
         asked = [one.get("u") or {"prompt": one["prompt"]} for one in about]
         u = {name: [one[name] for one in asked] for name in asked[0]}
         x = dict(zip(self.names, rows.T.tolist(), strict=True))
         own = "seed" if "seed" not in {*u, *x} else "seed of the draw"
         return u | {own: [one["seed"] for one in about]} | x
 
-    def write(
-        self, rows: Tensor, first: int, folder: Path, about: list[dict], settings: dict[str, Any]
-    ) -> None:
+    def write(self, rows: Tensor, first: int, folder: Path, about: list, settings: dict) -> None:
         """One line of `samples.csv` for each row."""
         columns = self.columns(rows, about[first : first + len(rows)])
         with (folder / "samples.csv").open("a", newline="", encoding="utf-8") as file:

@@ -69,9 +69,7 @@ class Condition:
         return Condition(pad(self.tokens, (0, 0, 0, length - self.tokens.shape[1])), self.planes)
 
     def replaced(self, null: "Condition", where: Tensor, part: str | None = None) -> "Condition":
-        """The condition with the null condition, of one row, in the rows where `where`, with shape
-        (B,), is true: all of it, or the part of this name alone.
-        """
+        """The condition, or one part, as the null one's only row where `where` (B,) is true."""
         u, null = align([self, null])
         found = u._with(null, lambda a, b: torch.where(_rows(where, a), b.to(a), a))
         return found if part is None else replace(u, **{part: getattr(found, part)})
@@ -107,9 +105,7 @@ class Condition:
         rows = align(rows)
         tokens = [row.tokens for row in rows if row.tokens is not None]
         planes = [row.planes for row in rows if row.planes is not None]
-        return Condition(
-            torch.cat(tokens) if tokens else None, torch.cat(planes) if planes else None
-        )
+        return Condition(*(torch.cat(some) if some else None for some in (tokens, planes)))
 
 
 U = Condition | None  # `None` for an unconditional model
@@ -122,9 +118,7 @@ def align(conditions: Sequence[Condition]) -> list[Condition]:
 
 
 def mirror(x: Tensor, where: Tensor) -> Tensor:
-    """Pictures (B, …, W) turned left to right in the rows where `where`, with shape (B,), is
-    true.
-    """
+    """Pictures (B, …, W) turned left to right in the rows where `where`, (B,), is true."""
     return torch.where(_rows(where, x), x.flip(-1), x)
 
 

@@ -28,18 +28,14 @@ T = TypeVar("T")
 
 
 def place() -> tuple[int, int]:
-    """The rank of this process in the group of `torch.distributed`, and the number of processes;
-    without a group, 0 and 1.
-    """
+    """This process's rank and the number of processes; 0 and 1 without a group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def on_machine() -> tuple[int, list[int]]:
-    """The number of this process among those that share its machine and its files, and their
-    ranks. Every process has to call it.
-    """
+    """This process's number among those of its machine, and their ranks. All have to call it."""
     files = Path("/proc/self/ns/mnt"), Path("/proc/sys/kernel/random/boot_id")
     known = [str(files[0].readlink()), files[1].read_text()] if files[0].is_symlink() else []
     every = each(lambda: [platform.node(), *known])
@@ -48,8 +44,7 @@ def on_machine() -> tuple[int, list[int]]:
 
 
 def share(trainer: Any) -> tuple[int, int]:
-    """Which part of a global batch is this process's, and the number of parts, in the run of a
-    Lightning trainer; 0 and 1 where there is none.
+    """Which part of a trainer's global batch is this process's, of how many; 0 of 1 without one.
 
     Raises:
         UserError: The trainer counts other processes than there are.
@@ -79,11 +74,7 @@ def first(make: Callable[[], T]) -> T:
 
 
 def each(make: Callable[[], T]) -> list[T]:
-    """What every process makes, in every process, that of the first first. Every process has to
-    call it.
-
-    Where one fails, all fail.
-    """
+    """What each makes, in all, in order. Every process has to call it; where one fails, all do."""
     _, world = place()
     if world == 1:
         return [make()]
@@ -116,9 +107,7 @@ def barrier() -> None:
 
 
 def in_turn(make: Callable[[], T]) -> T:
-    """What this process makes, after the first process has made its own: so that the others find
-    what the first wrote down. Every process has to call it.
-    """
+    """What this process makes, after the first has and wrote it down; every process calls it."""
     rank, _ = place()
     if rank > 0:
         barrier()
@@ -160,9 +149,7 @@ def assembled(x: Tensor) -> Tensor:
 
 
 def collected(state: Any) -> Any:
-    """Mappings of tensors and other things, with those in parts whole, in the memory of the first
-    process; the others have `None` for them. Every process has to call it.
-    """
+    """Mappings of tensors, whole in the first process, `None` in others. All have to call it."""
     if isinstance(state, Mapping):
         return {key: collected(value) for key, value in state.items()}
     if not hasattr(state, "full_tensor"):
@@ -184,9 +171,7 @@ def parted(x: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def join(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun has started, where it has, and says the device of this
-    one: where "auto" is asked for, each takes a GPU of its own.
-    """
+    """Joins torchrun's processes, if any, and says this one's device: for "auto" its own GPU."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device == "auto":
         local = f"cuda:{os.environ['LOCAL_RANK']}" if several else "cuda"

@@ -1,5 +1,4 @@
-"""Weights in parts: each of N devices holds 1/N of them, and the rest of a block while it
-computes.
+"""Weights in parts: each of N devices holds 1/N of them, and all of a block that computes.
 
 Under DDP every device holds the weights, their gradients, averages and the optimizer's state
 whole; here it holds a part of each. What is trained and what a checkpoint holds is the same.
@@ -26,8 +25,7 @@ class FSDP(ModelParallelStrategy):
     """Training with the weights in parts, one on each device (FSDP2).
 
     A checkpoint is the file that one device or DDP writes, and each of them goes on from the
-    others', on any number of devices: it is put together a tensor at a time, in the memory of the
-    first process.
+    others', on any number of devices: the first process puts it together a tensor at a time.
 
     References:
         | Zhao et al., 2023; https://arxiv.org/abs/2304.11277

@@ -6,13 +6,9 @@ __all__ = ["UserError", "code_of"]
 
 
 class UserError(ValueError):
-    """A mistake in a file, prompt, column or setting; the door prints its sentence without a
-    traceback.
-    """
+    """A mistake in a file, prompt, column or setting; the door prints it without a traceback."""
 
 
 def code_of(signum: int) -> int:
-    """The exit code of a command that a signal has stopped, 128 and the signal; SIGUSR1, by which
-    schedulers announce SIGTERM, has the same as that one, so that a script has one to look for.
-    """
+    """The exit code, 128 and the signal; SIGUSR1, which announces SIGTERM, counts as that one."""
     return 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)

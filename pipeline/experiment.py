@@ -264,9 +264,7 @@ def newest_config(run: Path) -> Path:
 
 
 class OneFolder(pl.Callback):
-    """All processes of a run write where the first one does: each has named a folder by its own
-    clock.
-    """
+    """All processes of a run write where the first does: each names folders by its clock."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         told: Any = trainer
@@ -274,9 +272,7 @@ class OneFolder(pl.Callback):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, written beside their place and not in TMPDIR,
-    which may be on another disk.
-    """
+    """Checkpoints whole or not at all, written beside their place: TMPDIR may be another disk."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None

@@ -57,9 +57,7 @@ def whole(path: str | Path, alone: bool = False) -> Iterator[Path]:
 
 
 def refusal(error: BaseException | None) -> int | None:
-    """The number of the system's error behind another one: torch has it as its context, and
-    safetensors in words.
-    """
+    """The number of the system's error behind another: torch's context, safetensors' words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
@@ -94,10 +92,8 @@ def packaged(module: str, name: str, expected: str, requirement: str, otherwise:
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"The package {requirement} is needed and not installed; run `make setup`, or "
-            f"{otherwise}."
-        )
+        lacks = f"The package {requirement} is needed and not installed"
+        raise UserError(f"{lacks}; run `make setup`, or {otherwise}.")
     file = Path(spec.origin).parent / name
     if not file.is_file() or sha256(file) != expected:
         raise UserError(
@@ -154,9 +150,7 @@ def from_hub(
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `~/.cache/conditional-pipeline`, or as
-    `XDG_CACHE_HOME` says.
-    """
+    """`~/.cache/conditional-pipeline`, or as `XDG_CACHE_HOME` says: what can be made again."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "conditional-pipeline"
 
@@ -216,9 +210,7 @@ def new_folder(out: str | None, results: Sequence[str]) -> Iterator[Path]:
 
 
 def fresh(folder: Path, between: str) -> Path:
-    """A folder made anew, of this name or, where one is there, with a number behind it: another
-    process may have begun in the same second.
-    """
+    """A folder made anew, of this name or, where one is there, with a number behind it."""
     names = (folder.with_name(f"{folder.name}{between}{k}") for k in itertools.count(2))
     for one in itertools.chain([folder], names):
         with suppress(FileExistsError):

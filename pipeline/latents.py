@@ -32,9 +32,7 @@ class Latents(Pixels):
 
     Arguments:
         name: The autoencoder: a folder, or a name on the Hugging Face hub.
-        channels: 3 for colour, 1 for grey.
-        height: The height of a picture in pixels.
-        width: The width of a picture in pixels.
+        channels, height, width: See :class:`pipeline.codec.Pixels`.
         weights: The sha256 that its weights are to have; by default of those that are there.
 
     Raises:
@@ -76,15 +74,11 @@ class Latents(Pixels):
                 "Latents need the package diffusers: install it by "
                 'pip install "conditional-score-pipeline[latents]".'
             ) from error
-        found = AutoencoderKL.from_pretrained(
-            self.folder, use_safetensors=True, local_files_only=True
-        )
-        return found.eval().requires_grad_(False)
+        how = {"use_safetensors": True, "local_files_only": True}
+        return AutoencoderKL.from_pretrained(self.folder, **how).eval().requires_grad_(False)
 
     def means(self, rows: Tensor) -> Tensor:
-        """The means E of pictures (B, C, H, W), with shape (B, \\*shape), before scale and
-        shift: what a data module keeps.
-        """
+        """The means E of pictures (B, C, H, W), before scale and shift, (B, \\*shape)."""
         model = self.autoencoder.to(rows.device)
         parts = super().encode(rows).split(ROWS)
         return torch.cat([model.encode(part).latent_dist.mode() for part in parts])

@@ -174,8 +174,7 @@ class ScoreModule(pl.LightningModule):
     def reseed(self, seed: int) -> None:
         """Seed the generator that layers draw from, such as dropout.
 
-        Not `torch.manual_seed`: without a GPU it keeps a stack trace of each call for the day
-        there is one.
+        Not `torch.manual_seed`: without a GPU it keeps a stack trace of each call for later.
         """
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
@@ -236,9 +235,8 @@ class ScoreModule(pl.LightningModule):
 
     def generator(self, data: DataModule, together: bool = False) -> Generator:
         """What draws with the weights as they are now; see `Generator`."""
-        return Generator(
-            self.denoiser, data.conditioning, data.codec, self.sampler, self.guidance, together
-        )
+        parts = (self.denoiser, data.conditioning, data.codec, self.sampler, self.guidance)
+        return Generator(*parts, together)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.denoiser.parameters())
@@ -251,10 +249,8 @@ class ScoreModule(pl.LightningModule):
             return rise * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        how = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": how}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the model is; a model that has diverged is not saved."""

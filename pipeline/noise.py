@@ -22,9 +22,7 @@ ROUNDS = 8
 
 
 def mix(*key: int | str) -> int:
-    """A seed in [0, 2⁶³) from a key: different keys give unrelated seeds, the same on every
-    machine.
-    """
+    """A seed in [0, 2⁶³) from a key: unrelated for different keys, the same everywhere."""
     plain = tuple(part if isinstance(part, str) else int(part) for part in key)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -154,8 +152,7 @@ class Noise:
 
 
 class PictureNoise(Noise):
-    """One stream per picture: row i is a function of its seed, at any batch size and on any number
-    of devices.
+    """One stream per picture: row i is a function of its seed, at any batch size, on any devices.
 
     The numbers are drawn on the CPU, so that a picture's noise does not depend on the device
     either; a sampler with noise at every step waits for them, about 10 ns a number.
@@ -174,13 +171,10 @@ class PictureNoise(Noise):
             )
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal numbers with the shape (B, *), type and device of another tensor; B =
-        number of seeds.
-        """
+        """The same, row by row; B is the number of seeds."""
         self._check(len(like))
-        rows = [
-            torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators
-        ]
+        shape, kind = like.shape[1:], like.dtype
+        rows = [torch.randn(shape, generator=g, dtype=kind) for g in self.generators]
         return torch.stack(rows).to(like.device)
 
     def uniform(self, n: int) -> Tensor:

@@ -1,6 +1,4 @@
-"""An optimizer of two kinds: torch's own have one rule for all weights, and its Muon takes no
-convolutions.
-"""
+"""An optimizer of two rules: torch's own have one, and its Muon takes no convolutions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -151,10 +149,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.found_inf is not None:
             # an average that is its own gradient stays as it is, and a rate of 0 moves nothing
             bad = self.found_inf > 0
-            gradients = [
-                torch.where(bad, average, gradient)
-                for average, gradient in zip(averages, gradients, strict=True)
-            ]
+            pairs = zip(averages, gradients, strict=True)
+            gradients = [torch.where(bad, average, gradient) for average, gradient in pairs]
             lr = lr * ~bad
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])  # type: ignore
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # type: ignore

@@ -16,9 +16,7 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 def save(picture: Tensor, path: Path, text: dict[str, str] | None = None) -> None:
-    """Write a uint8 picture (C, H, W), C = 1 or 3, with what is to be known about it in its text
-    fields.
-    """
+    """Write a uint8 picture (C, H, W), C = 1 or 3, with words in its text fields."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
@@ -30,8 +28,7 @@ def contact_sheet(
 ) -> Image.Image:
     """A sheet of uint8 pictures (N, C, H, W), each with its caption below.
 
-    Small pictures are enlarged by a whole factor without smoothing, so that their pixels can be
-    seen.
+    Small pictures are enlarged by a whole factor without smoothing, so that pixels are seen.
 
     Arguments:
         pictures: The pictures.
@@ -51,11 +48,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for i, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
         left, top = 8 + i % columns * cell_w, 8 + i // columns * cell_h
-        sheet.paste(
-            _image(picture).resize((zoom * width, zoom * height), Image.Resampling.NEAREST),
-            (left, top),
-        )
-        draw.multiline_text(
-            (left, top + zoom * height + 1), "\n".join(line), fill="black", font=font, spacing=1
-        )
+        large = _image(picture).resize((zoom * width, zoom * height), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, top))
+        below = left, top + zoom * height + 1
+        draw.multiline_text(below, "\n".join(line), fill="black", font=font, spacing=1)
     return sheet

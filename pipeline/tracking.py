@@ -1,6 +1,4 @@
-"""Where a run is written down: CSV always, Weights & Biases online when logged in and offline
-otherwise.
-"""
+"""Where a run is written down: CSV always, and Weights & Biases, offline without a login."""
 
 import csv
 import os
@@ -36,9 +34,7 @@ def loggers(run: Path, project: str, config: dict[str, Any], step: int = 0) -> "
 
 
 def _csv(run: Path, step: int) -> "CSVLogger":
-    """The table of a run, `csv/metrics.csv`, gone on with: Lightning's own begins another one.
-    What was written after the checkpoint that the run goes on from will be written again.
-    """
+    """The run's `csv/metrics.csv`, gone on with; what came after the checkpoint comes again."""
     from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 

@@ -31,9 +31,8 @@ class Kind:
     @cached_property
     def families(self) -> list[type]:
         """The classes whose members may stand here."""
-        return [
-            k for k in self.members if isinstance(k, type) and not get_args(k) and k not in PLAIN
-        ]
+        classes = [k for k in self.members if isinstance(k, type) and not get_args(k)]
+        return [k for k in classes if k not in PLAIN]
 
     @cached_property
     def is_function(self) -> bool:
@@ -48,11 +47,8 @@ class Kind:
     @cached_property
     def items(self) -> Any:
         """What the items of a list are, where some of them are objects; else `None`."""
-        lists = [
-            k
-            for k, origin in zip(self.members, self.origins, strict=True)
-            if get_args(k) and isinstance(origin, type) and issubclass(origin, Iterable)
-        ]
+        both = zip(self.members, self.origins, strict=True)
+        lists = [k for k, of in both if isinstance(of, type) and issubclass(of, Iterable)]
         items = [one for k in lists for arg in get_args(k) for one in Kind(arg).members]
         whole = Union[tuple(items)] if items else None  # noqa: UP007
         return whole if Kind(whole).families else None
@@ -64,9 +60,7 @@ class Kind:
         return found[0] if found and Kind(found[0]).families else None
 
     def check(self, value: Any) -> tuple[bool, Any]:
-        """Whether plain data are of the kind, and the data as that kind: 2 as a float is 2.0, a
-        list where only a tuple is wanted a tuple.
-        """
+        """Whether plain data are of the kind, and the data as that kind: 2 as a float is 2.0."""
         from pydantic import ConfigDict, TypeAdapter, ValidationError
         from pydantic.errors import PydanticSchemaGenerationError
 

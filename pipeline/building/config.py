@@ -50,8 +50,7 @@ class Config:
 
     Arguments:
         files: YAML files.
-        options: What stands on the command line, each `--KEY VALUE` or `--KEY=VALUE` with dots
-            between keys.
+        options: What stands on the command line, `--KEY VALUE` or `--KEY=VALUE`, KEY dotted.
 
     Raises:
         UserError: A file cannot be read, or an option is none.
@@ -115,9 +114,7 @@ class Config:
         return Plan(function, arguments, False, functools.partial(self.error, ()))
 
     def fill(self, key: str, values: Mapping[str, Any]) -> None:
-        """Give the node at a key those of some arguments that its class takes, where the tree
-        leaves them out or null.
-        """
+        """Give the node at a key what its class takes and the tree leaves out, or has as null."""
         for name in self.parameters(key):
             if name in values and self.get(f"{key}.{name}") is None:
                 self.set(f"{key}.{name}", values[name])

@@ -40,9 +40,7 @@ def plain_path(at: At) -> At:
 
 
 class Plan(NamedTuple):
-    """An object that is wanted: its class, and its arguments, each a value or a plan. A factory
-    makes the object from what is still to come.
-    """
+    """A class and its arguments, each a value or a plan; a factory lacks some, still to come."""
 
     cls: Callable
     arguments: dict[str, Any]
@@ -207,12 +205,9 @@ class Resolver:
 
 
 def build(node: Any, kind: type[T], trust: Sequence[str] = (), **how: Any) -> T:
-    """The object that a description names, of a wanted family, from this package or a trusted
-    one.
+    """The object that a node names, of a wanted family, from this package or a trusted one.
 
     Arguments:
-        node: A node.
-        kind: The family.
         trust: Packages, or modules, beside our own whose classes may be named.
         how: See `Resolver`.
 

@@ -37,9 +37,7 @@ class Conditioning(Part, ABC):
 
     @abstractmethod
     def embed(self, values: Sequence[Any]) -> Condition:
-        """The conditions of N values, float32 on the CPU; tokens are padded with zeros to the
-        longest of this call.
-        """
+        """The conditions of N values, float32 on the CPU, their tokens padded with zeros."""
 
     def to(self: Self, device: torch.device | str) -> Self:
         """Computes on `device` from now on, where it computes anything."""

@@ -75,12 +75,10 @@ class Table:
         self.starts = torch.cat([s.lengths.cumsum(0) - s.lengths for s in opened])
         self.longest = max(1, int(self.lengths.max()))  # tokens that a row is padded to
         # as arrays, whose slices cost a microsecond, and those of tensors several
-        self.opened: list[Any] = [
-            SimpleNamespace(
-                **{k: None if p is None else p.numpy() for k, p in s._asdict().items()}
-            )
-            for s in opened
+        arrays = [
+            {k: p if p is None else p.numpy() for k, p in s._asdict().items()} for s in opened
         ]
+        self.opened: list[Any] = [SimpleNamespace(**of) for of in arrays]
 
     def __getstate__(self) -> dict[str, Any]:  # pickling a memory map copies the whole of it
         return {"shards": self.shards}
@@ -122,19 +120,15 @@ class Table:
 
 
 def embed_distinct(
-    conditioning: Conditioning,
-    values: Sequence[Any] | Tensor,
-    cache_dir: str | Path | None,
+    conditioning: Conditioning, values: Sequence[Any] | Tensor, cache_dir: str | Path | None
 ) -> tuple[Table, Tensor]:
     """The embeddings of the K distinct values among N, in the order they are first seen.
 
     Every process of a group has to call it; each makes its share of what is missing. Groups may
     call this at once: a file appears whole or not at all, and whichever is written last holds the
-    same. A file that cannot be read is made anew, one that cannot be written is done without, each
-    with a warning.
+    same. What cannot be read is made anew, what cannot be written is done without, with a warning.
 
     Arguments:
-        conditioning: What embeds.
         values: N prompts, classes or vectors (a sequence, an array or a tensor).
         cache_dir: The folder of cached tables; None keeps nothing.
 

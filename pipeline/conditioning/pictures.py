@@ -77,9 +77,7 @@ class Picture(Conditioning, ABC):
         return torch.cat((known * self.observe(x), known), dim=1)
 
     def read(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """Rows (1, C, H, W), uint8, and m, of a person's picture in RGBA; `ValueError` where it
-        does not fit.
-        """
+        """A person's RGBA picture as rows (1, C, H, W), uint8, and m; else `ValueError`."""
         channels, height, width = self.shape
         if picture.size != (width, height):
             raise ValueError(f"it is of {picture.width}×{picture.height}, not {width}×{height}")
@@ -132,7 +130,6 @@ class Downsampled(Picture):
 
     Arguments:
         factor: The side of a square, at least 2; it divides the sides of x.
-        prompt: See `Picture`.
     """
 
     wants = "pictures whose sides its factor, 2 or more, divides"
@@ -162,7 +159,6 @@ class Masked(Picture):
 
     Arguments:
         least: The least share, in (0, 1).
-        prompt: See `Picture`.
     """
 
     def __init__(self, least: float = 0.25, prompt: Conditioning | None = None) -> None:
@@ -191,9 +187,6 @@ class Masked(Picture):
 class Grey(Picture):
     r"""Colouring: :math:`A(x) = 0.299 R + 0.587 G + 0.114 B`, the luma of ITU-R BT.601, one
     plane; x is in colour.
-
-    Arguments:
-        prompt: See `Picture`.
     """
 
     wants, planes = "pictures in colour", 2  # type: ignore[assignment]
@@ -206,10 +199,6 @@ class Grey(Picture):
 
 
 class Paired(Picture):
-    """Image to image: A(x) is another picture, of the column that `data.condition_image` names.
-
-    Arguments:
-        prompt: See `Picture`.
-    """
+    """Image to image: A(x) is another picture, of the column `data.condition_image`."""
 
     pairs = True

@@ -58,15 +58,13 @@ class Classes(Conditioning):
         except (TypeError, ValueError):
             index = -1
         if not 0 <= index < len(self.names):
+            rest = len(self.names) - 10
+            known = ", ".join(self.names[:10]) + (f" and {rest} more" if rest > 0 else "")
             raise UserError(
-                f"There is no class {value!r}; the classes are {self._listed()} "
+                f"There is no class {value!r}; the classes are {known} "
                 f"(or their index, 0 to {len(self.names) - 1})."
             )
         return index
-
-    def _listed(self, most: int = 10) -> str:
-        rest = len(self.names) - most
-        return ", ".join(self.names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
     def embed(self, values: Sequence[str | int]) -> Condition:
         tokens = torch.zeros(len(values), 1, self.dim, dtype=torch.float32)

@@ -53,8 +53,7 @@ class Source(NamedTuple):
     per row, or None.
 
     A row may have more values (several captions of a picture): one of all is drawn each time that
-    it is trained on, and `values` are the first of each. Of pairs, `given` are the other
-    pictures, as x.
+    it is trained on, and `values` are the first of each. `given` are the others of pairs, as x.
     """
 
     x: np.ndarray
@@ -69,9 +68,7 @@ class Source(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Which rows of the table belong to which row of x: those of row i are
-    `rows[starts[i] : starts[i + 1]]`.
-    """
+    """The rows of the table that belong to row i of x: `rows[starts[i] : starts[i + 1]]`."""
 
     rows: Tensor
     starts: Tensor
@@ -83,9 +80,7 @@ class Index(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """A batch as the loader yields it; u is int64 indices into the table (B,), or the conditions
-    themselves, or what they are made of.
-    """
+    """A batch as the loader yields it: u is indices into a table (B,), conditions, or values."""
 
     x: Tensor
     u: Tensor | U | list[str]
@@ -254,9 +249,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return {"u_dim": u.dim if u else 0, "planes": u.planes if u else 0, **self.codec.sizes}
 
     def prompts(self, number: int = 16) -> list[Any]:
-        """Distinct values of the rows to validate on, evenly spaced, each with the picture of a
-        row that has it: what is drawn to look at.
-        """
+        """Distinct values of `val` to look at, evenly spaced, each with a row's picture."""
         source, first = self.rows("val"), dict[Any, int]()
         values = [""] if source.values is None else source.values
         alone = self.picture is not None and self.prompt is None
@@ -277,15 +270,11 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return [Given(*one) for one in zip(prompts, planes, strict=True)]
 
     def asked(self, number: int) -> np.ndarray:
-        """The rows of the split `val` whose values a model is asked for when it is measured: in an
-        order drawn by a fixed seed, each once before any twice.
-        """
+        """Rows of `val` to ask a model for, in one random order, each once before any twice."""
         return in_rounds(len(self.rows("val").x), number, np.random.default_rng(0))
 
     def held_out(self, number: int) -> tuple[list[Any], Tensor]:
-        """What a model is asked for when it is measured, so many values, and the true rows of the
-        first ones, all of them different.
-        """
+        """So many values to ask a model for when it is measured, and true rows, each once."""
         source, taken = self.rows("val"), self.asked(number)
         x, values = source.x, source.values
         asked = [""] * number if values is None else [values[k] for k in taken]
@@ -296,9 +285,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return {}
 
     def wanted(self, number: int, order: np.random.Generator) -> list[Any] | None:
-        """What else a model can be asked for, if what it draws can be read back: each a thing that
-        has a `caption`.
-        """
+        """What else to ask a model for, if it can be read back: each has a `caption`."""
         return None
 
     def prepare_data(self) -> None:
@@ -367,9 +354,7 @@ class DataModule(Part, L.LightningDataModule, ABC):
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore
 
     def again(self, epoch: int) -> int | None:
-        """How many batches the run is to see again and again, by `trainer.overfit_batches`, or by
-        `trainer.limit_train_batches` where it is less than the batches of an epoch.
-        """
+        """How many batches come again and again, by the trainer's overfitting or limit, if any."""
         if self.trainer is None:
             return None
         limit = self.trainer.limit_train_batches  # overfit_batches sets it too

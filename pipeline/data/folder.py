@@ -120,7 +120,8 @@ def read_folder(found: Listing, asked: Iterable[str]) -> "dict[str, datasets.Dat
     """
     asked = {canonical(name) for name in asked}
     rows, unlisted = read_captions(found) if found.captions else read_metadata(found)
-    splits = [split_of(name) for name in found.pictures]
+    # the folder directly below the root that a picture lies in, if it does
+    splits = [canonical(name.split("/")[0]) if "/" in name else "" for name in found.pictures]
     divided = bool((asked - {"train"}) & set(splits)) or set(splits) <= {"train", "val", "test"}
     members: dict[str, list[int]] = {} if divided else {"train": []}
     for row, (name, split) in enumerate(zip(found.pictures, splits, strict=True)):
@@ -129,16 +130,14 @@ def read_folder(found: Listing, asked: Iterable[str]) -> "dict[str, datasets.Dat
     members["all"] = [*range(len(splits))]
     read = {row for name in asked for row in members.get(name, [])}
     rest = [name for row, name in enumerate(found.pictures) if row not in read]
-    tell(
-        found,
-        {
-            "not in the metadata": [name for name in rest if name in unlisted],
-            "in no split that is read": [name for name in rest if name not in unlisted],
-            f"not {found.noun}s": found.others,
-            "hidden": found.hidden,
-            "linked to again": found.again,
-        },
-    )
+    left_out = {
+        "not in the metadata": [name for name in rest if name in unlisted],
+        "in no split that is read": [name for name in rest if name not in unlisted],
+        f"not {found.noun}s": found.others,
+        "hidden": found.hidden,
+        "linked to again": found.again,
+    }
+    tell(found, left_out)
     table = make_table(found, rows, divided)
     return {split: table.select(places) for split, places in members.items()}
 
@@ -160,17 +159,10 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def split_of(name: str) -> str:
-    """The folder directly below the root that a picture lies in, as a split; or nothing."""
-    return canonical(name.split("/")[0]) if "/" in name else ""
-
-
 def make_table(
     found: Listing, rows: dict[str, dict[str, Any]], divided: bool
 ) -> "datasets.Dataset":
-    """Pictures by their paths, with the columns of the metadata or, without any, the class
-    folders.
-    """
+    """Pictures by their paths, with the metadata's columns or, without any, class folders."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as Images
 
@@ -201,9 +193,7 @@ def type_of(column: str, values: list[Any], found: Listing) -> Any:
 
 
 def read_metadata(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """What the metadata say, picture by picture, and the pictures that those beside or above them
-    do not list.
-    """
+    """What the metadata say of each picture, and the pictures they should list and do not."""
     pictures, rows, first = set(found.pictures), {}, {}
     folders = [posixpath.dirname(name) for name in found.metadata]
     for name, folder in zip(found.metadata, folders, strict=True):
@@ -227,9 +217,9 @@ def read_captions(found: Listing) -> tuple[dict[str, dict[str, Any]], set[str]]:
         for name in found.captions
     }
     said = {name: lines.get(os.path.splitext(name)[0], []) for name in found.pictures}
-    if max(map(len, said.values())) > 1:
-        return {name: {"caption": some} for name, some in said.items()}, set()
-    return {name: {"caption": "".join(some)} for name, some in said.items()}, set()
+    several = max(map(len, said.values())) > 1
+    captions = {name: some if several else "".join(some) for name, some in said.items()}
+    return {name: {"caption": some} for name, some in captions.items()}, set()
 
 
 def place(
@@ -250,12 +240,8 @@ def place(
             fail(file, number, f"names {said!r}, which lies outside of {str(file.parent)!r}")
         if (picture := posixpath.join(folder, path)) in pictures:
             return picture
-    fail(
-        file,
-        number,
-        f"names {said!r}, which is no {noun} in {str(file.parent)!r}; mend the name or remove "
-        "the line",
-    )
+    what = f"names {said!r}, which is no {noun} in {str(file.parent)!r}"
+    fail(file, number, f"{what}; mend the name or remove the line")
 
 
 def fail(file: Path, number: int, what: str) -> NoReturn:
@@ -280,9 +266,8 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                fail(
-                    file, number, f"is not JSON ({str(error).split(': line')[0]}); each holds one"
-                )
+                reason = str(error).split(": line")[0]
+                fail(file, number, f"is not JSON ({reason}); each holds one")
             if not isinstance(row, dict):
                 fail(file, number, 'is no object such as {"file_name": …}')
             yield number, row

@@ -43,8 +43,7 @@ class Hub(Pictures):
     list is left out. Without them, captions are in a file beside each picture, `cat.txt` for
     `cat.png`, one on each line; without these too, the names of the folders that pictures lie in
     are column `label`. The folder is one split, `train`, unless all pictures lie in P/train, P/val
-    or P/test, or `split` or `val_split` names another folder directly below: these are splits
-    then.
+    or P/test, or `split` or `val_split` names another folder directly below, which are splits.
 
     Arguments:
         path: A data set on the Hub, a folder (of pictures, or of parquet files), or parquet files:
@@ -151,9 +150,7 @@ class Hub(Pictures):
             enable_progress_bars()
 
     def downloads(self, files: list[Path]) -> str | None:
-        """Where `datasets` keeps its copy of the rows: it knows files by their time of change, so
-        each content has a place of its own.
-        """
+        """A place for each content: `datasets` knows files by their time of change alone."""
         if not files:
             return self._downloads
         return str(self.cache / "datasets" / digest(hashes(files))[:32])
@@ -164,10 +161,8 @@ class Hub(Pictures):
 
         name = self.split_name(split)
         if name not in self.everything:
-            raise UserError(
-                f"data.path {self.path!r} has no split {name!r}; it has "
-                f"{listed(sorted(self.everything, key='all'.__eq__))}."
-            )
+            has = listed(sorted(self.everything, key="all".__eq__))
+            raise UserError(f"data.path {self.path!r} has no split {name!r}; it has {has}.")
         if split == "val":
             self.check_apart()
         rows = self.everything[name]
@@ -227,10 +222,10 @@ class Hub(Pictures):
             or bytes_and_path
             or kind in (Value("binary"), Value("large_binary"))
         ):
-            columns = listed(name for name, of in rows.features.items() if isinstance(of, Image))
+            has = listed(name for name, of in rows.features.items() if isinstance(of, Image))
+            has = has or "none"
             raise UserError(
-                f"Column {column!r} holds {kind}, not images; columns of images: "
-                f"{columns or 'none'}."
+                f"Column {column!r} holds {kind}, not images; columns of images: {has}."
             )
 
     def feature(self, rows: "datasets.Dataset", column: str, argument: str) -> Any:
@@ -338,9 +333,7 @@ def data_files(found: Listing) -> list[Path]:
 
 
 def locate(path: str | list[str]) -> tuple[dict[str, Any], list[Path]]:
-    """What to tell `datasets`: parquet files, a folder, or a name on the Hub; and the files that
-    are here.
-    """
+    """What to tell `datasets`: files, a folder or a name on the Hub; and the files here."""
     if root := one_folder(path):
         check_plain(root)
         found = list_folder(root)
@@ -438,9 +431,7 @@ def looks_local(path: str) -> bool:
 
 
 def held_out(rows: int) -> dict[str, np.ndarray]:
-    """Row numbers: one in `HELD_OUT` for `val`, chosen by a fixed seed, and the others for
-    `train`.
-    """
+    """Row numbers: one in `HELD_OUT` for `val`, chosen by a fixed seed; others for `train`."""
     chosen = np.random.default_rng(0).permutation(rows)
     count = min(rows, max(1, rows // HELD_OUT))
     return {"train": np.sort(chosen[count:]), "val": np.sort(chosen[:count])}

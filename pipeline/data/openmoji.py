@@ -30,13 +30,8 @@ VERSION = 1  # of the drawing code: raise it when pictures would come out differ
 CANVAS = 256  # pixels; a font of size s draws on a canvas 1.289 s wide
 FONT = "openmoji/font/glyf_colr0.ttf"
 LEFT_OUT = {*map(chr, range(0x1F1E6, 0x1F200)), *map(chr, range(0x1F3FB, 0x1F400))}  # flags, tones
-SAME = {"adult", "boy", "child", "girl", "man", "men", "people", "person", "woman", "women"} | {
-    "facing",
-    "left",
-    "leftwards",
-    "right",
-    "rightwards",
-}
+SAME = {"adult", "boy", "child", "girl", "man", "men", "people", "person", "woman", "women"}
+SAME |= {"facing", "left", "leftwards", "right", "rightwards"}
 
 
 class Emoji(NamedTuple):
@@ -57,8 +52,7 @@ class OpenMoji(Pictures):
     captions: 1,655 of version 17, without flags of regions (proper names that say nothing of the
     picture) and without tones of skin.
 
-    The drawings are the OpenMoji project's, under CC BY-SA 4.0: what is made of them stays under
-    it.
+    The drawings are the OpenMoji project's, under CC BY-SA 4.0, and so is what is made of them.
 
     References:
         | https://openmoji.org
@@ -97,12 +91,9 @@ class OpenMoji(Pictures):
         ]
         font = ImageFont.truetype(str(self.font), 16)
         width, missing = font.getlength("😀"), draw("\U0010ffff", font, 24)
-        return [
-            one
-            for one in known
-            if font.getlength(one.characters) == width  # one drawing and not several
-            and draw(one.characters, font, 24) != missing
-        ]
+        # one drawing and not several
+        known = [one for one in known if font.getlength(one.characters) == width]
+        return [one for one in known if draw(one.characters, font, 24) != missing]
 
     def plan(self, split: str) -> list[Emoji]:
         if split not in self.splits:

@@ -21,9 +21,7 @@ __all__ = ["Draw", "Order", "Pass", "Windows", "in_rounds"]
 
 
 class Draw(NamedTuple):
-    """One rank's share of a global batch: which rows, which of them mirrored, which of a row's
-    captions by a number in [0, 1), what each weighs.
-    """
+    """A rank's share of a batch: rows, which are mirrored, which caption in [0, 1), weights."""
 
     rows: np.ndarray
     flip: np.ndarray
@@ -122,17 +120,11 @@ class Windows(Order):
 
 
 class Pass(Sampler[Draw]):
-    """One pass in fixed order, each row with its first caption; the last global batch wraps
-    around, with weight 0, so every rank makes equal calls.
-    """
+    """One pass in order, first captions; the last batch wraps around with weight 0, for all."""
 
     def __init__(self, rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.rows, self.batch_size, self.rank, self.share = (
-            rows,
-            batch_size,
-            rank,
-            batch_size // world,
-        )
+        self.rows, self.batch_size = rows, batch_size
+        self.rank, self.share = rank, batch_size // world
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)

@@ -1,5 +1,4 @@
-"""Pictures are decoded once, to a uint8 memory map (N, C, H, W) that later runs open as it
-is.
+"""Pictures are decoded once, to a uint8 memory map (N, C, H, W) that later runs open.
 
 The map's name is a digest of what decides its bytes (the data set's fingerprint, size, channels,
 the version of the rule below). It is written beside its place and moved there when complete, so a
@@ -117,12 +116,7 @@ class Pictures(DataModule):
         return row
 
     def source(self, split: str, together: bool = False) -> Source:
-        """The rows of a split, decoded where they are not kept yet.
-
-        Arguments:
-            split: Its name.
-            together: Whether all processes call this, to decode together.
-        """
+        """The rows of a split, decoded where they are not kept, by all processes if `together`."""
         values = self.values(split)  # before the pictures: what is wrong here is found in no time
         other = self.condition_image
         given = None if other is None else self.decoded(split, other, together)
@@ -194,13 +188,9 @@ def write_map(
     make: Callable[[int, int, bool], Iterable[np.ndarray | str]],
     together: bool = False,
 ) -> None:
-    """Writes the rows of a memory map, all or nothing.
+    """Writes so many rows of a shape and a type to a memory map, all or nothing.
 
     Arguments:
-        path: The file.
-        number: The number of rows.
-        shape: The shape of a row.
-        dtype: Its type.
         make: Makes the rows from one to another, each or the reason why there is none; says how
             far it is unless the last argument is true.
         together: Whether every process calls this, and those of a machine make a part each.
@@ -368,8 +358,7 @@ def cores() -> int:
 def make_room(folder: Path, size: int) -> None:
     """Makes the folder, without what a killed process left there a day ago or earlier.
 
-    A full disk kills a process that writes to a memory map without a word, so the space is asked
-    for before.
+    A full disk kills who writes to a memory map without a word, so the space is asked for before.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

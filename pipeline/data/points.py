@@ -22,7 +22,6 @@ class Points(DataModule):
         conditioning: `Classes` with a name for each component, or None.
         rows: The number of points to train on.
         val_rows: The number of points to validate on.
-        batch_size: The size of a global batch: all devices together.
         seed: What decides the points and their order.
         more: See :class:`pipeline.data.DataModule`.
     """

@@ -13,8 +13,7 @@ from pipeline.conditioning import Conditioning
 from pipeline.data.base import DataModule, Source
 from pipeline.data.folder import say
 from pipeline.data.hub import Hub
-from pipeline.data.order import in_rounds
-from pipeline.data.shapes import SPLITS, known
+from pipeline.data.shapes import SPLITS, known, sampled
 
 __all__ = ["Chirps", "Sequences"]
 
@@ -39,17 +38,10 @@ class Sequences(Hub):
 
     Arguments:
         path: The folder.
-        conditioning: What turns a caption or class name into u, or None.
-        caption: The column of captions; by default the first that there is of `caption`, `text`
-            and `label`, the names of class folders.
-        split: The split to train on; `all` is every row of every split.
-        val_split: The split to validate on; null holds out one in twenty training rows.
         length: The number of samples. A network folds it: a power of 2 is good.
         channels: 1 takes the mean of a file's channels; else as many as each file has.
         rate: The samples in a second of every file; an npy file does not say its own.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order.
-        cache_dir: Where signals and embeddings are kept; `~/.cache/conditional-pipeline` if null.
+        others: See :class:`pipeline.data.Hub`.
     """
 
     kind = np.int16
@@ -132,12 +124,9 @@ class Chirps(DataModule):
     others.
 
     Arguments:
-        conditioning: What turns a caption into u, or None.
-        per_combination: Training rows of each seen combination; `val` and `unseen` have an eighth
-            as many.
-        batch_size: The size of a global batch: all devices together.
+        per_combination: Training rows of each seen combination; an eighth in `val` and `unseen`.
         seed: What decides the held-out quarter, the tones and the order.
-        cache_dir: Where embeddings are kept; by default `~/.cache/conditional-pipeline`.
+        others: See :class:`pipeline.data.DataModule`.
     """
 
     def __init__(
@@ -170,8 +159,8 @@ class Chirps(DataModule):
 
     def held_out(self, number: int) -> tuple[list[str], Tensor]:
         """Unseen combinations, and tones of them, made anew."""
-        order, unseen = np.random.default_rng(0), self.combinations("unseen")
-        plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
+        order = np.random.default_rng(0)
+        plan = sampled(self.combinations("unseen"), number, order)
         return [f"a {' '.join(one)} tone" for one in plan], torch.from_numpy(render(plan, order))
 
 

@@ -132,9 +132,7 @@ class Drawings(Pictures):
     Splits: `train` and `val` (the seen four fifths, other drawings), `unseen` (the other fifth).
 
     Arguments:
-        conditioning: What turns a caption into u, or None.
-        per_combination: Training drawings of each seen combination; `val` and `unseen` have an
-            eighth as many.
+        per_combination: Training drawings of a seen combination; an eighth in `val` and `unseen`.
         seed: What decides the held-out fifth, the drawings and the order.
         more: See :class:`pipeline.data.DataModule`.
     """
@@ -198,8 +196,8 @@ class Drawings(Pictures):
 
     def held_out(self, number: int) -> tuple[list[str], Tensor]:
         """Unseen combinations, and drawings of them, made anew."""
-        order, unseen = np.random.default_rng(0), self.combinations("unseen")
-        plan = [unseen[k] for k in in_rounds(len(unseen), number, order)]
+        order = np.random.default_rng(0)
+        plan = sampled(self.combinations("unseen"), number, order)
         asked, x = [one.caption for one in plan], self.render(plan, order)
         return self.given(asked, Source(x, None), slice(None)), torch.from_numpy(x)
 
@@ -220,20 +218,15 @@ class Shapes(Drawings):
 
     def divide(self, generator: np.random.Generator) -> tuple[list[Any], list[Any]]:
         """Seen and unseen: for each colour, shape and size, one position of five is held out."""
-        colours, shapes, sizes, positions = (
-            generator.permutation(list(names)).tolist()
-            for names in (COLOURS, SHAPES, SIZES, POSITIONS)
-        )
+        words = COLOURS, SHAPES, SIZES, POSITIONS
+        mixed = [enumerate(generator.permutation(list(names)).tolist()) for names in words]
         seen, unseen = [], []
-        for (i, colour), (j, shape), (k, size), (m, position) in product(
-            *map(enumerate, (colours, shapes, sizes, positions))
-        ):
-            held_out = (i + 2 * j + k) % len(positions) == m
+        for (i, colour), (j, shape), (k, size), (m, position) in product(*mixed):
+            held_out = (i + 2 * j + k) % len(POSITIONS) == m
             (unseen if held_out else seen).append(Attributes(colour, shape, size, position))
         return sorted(seen), sorted(unseen)
 
     def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
-        """Combinations → uint8 pictures (N, 3, 32, 32)."""
         centre = np.array([POSITIONS[one.position] for one in plan])
         centre = centre + generator.uniform(-self.jitter, self.jitter, centre.shape)
         radius = np.array([SIZES[one.size] for one in plan])
@@ -247,8 +240,7 @@ class Shapes(Drawings):
         return one._replace(**dict.fromkeys(names))
 
     def wanted(self, number: int, order: np.random.Generator) -> list[Attributes]:
-        unseen = self.combinations("unseen")
-        return [unseen[k] for k in in_rounds(len(unseen), number, order)]
+        return sampled(self.combinations("unseen"), number, order)
 
 
 class Relations(Drawings):
@@ -258,7 +250,6 @@ class Relations(Drawings):
     "A left of B" and "B right of A" are the same picture, so they are held out together.
 
     Arguments:
-        per_combination: See `Drawings`.
         alone: The share of training captions that say one object only, "a red circle left of
             something": what a composition of two is made of.
         more: See `Drawings`.
@@ -284,16 +275,12 @@ class Relations(Drawings):
         objects = [Attributes(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
         objects = [objects[i] for i in generator.permutation(len(objects))]
         seen, unseen = [], []
-        for (i, a), (j, b), (k, relation) in product(
-            enumerate(objects),
-            enumerate(objects),
-            enumerate(("left of", "above")),
-        ):
+        three = enumerate(objects), enumerate(objects), enumerate(("left of", "above"))
+        for (i, a), (j, b), (k, relation) in product(*three):
             if a != b:
                 held_out = (i + 2 * j + k) % 5 == 0
-                (unseen if held_out else seen).extend(
-                    [Pair(a, relation, b), Pair(b, OPPOSITE[relation], a)]
-                )
+                both = Pair(a, relation, b), Pair(b, OPPOSITE[relation], a)
+                (unseen if held_out else seen).extend(both)
         return sorted(seen), sorted(unseen)
 
     def render(self, plan: list[Any], generator: np.random.Generator) -> np.ndarray:
@@ -315,15 +302,19 @@ def known(split: str) -> str:
     return split
 
 
+def sampled(combinations: list[Any], number: int, order: np.random.Generator) -> list[Any]:
+    """So many of them in random order, each once before any twice."""
+    return [combinations[k] for k in in_rounds(len(combinations), number, order)]
+
+
 def columns(plan: list[Any]) -> dict[str, list[str]]:
     """Attributes as columns: colour, shape, …; first_colour, …, relation, … for pairs."""
     flat = [one._asdict() if isinstance(one, Attributes) else flatten(one) for one in plan]
     return {name: [one[name] for one in flat] for name in flat[0]}
 
 
-def flatten(pair: Pair) -> dict[str, str]:
-    first, second = (
-        {f"{which}_{name}": getattr(getattr(pair, which), name) for name in ("colour", "shape")}
-        for which in ("first", "second")
-    )
+def flatten(pair: Any) -> dict[str, str]:
+    a, b = pair.first, pair.second
+    first = {"first_colour": a.colour, "first_shape": a.shape}
+    second = {"second_colour": b.colour, "second_shape": b.shape}
     return first | {"relation": pair.relation} | second

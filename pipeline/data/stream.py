@@ -1,8 +1,7 @@
 """Pictures that are read from shards while a model trains, and never kept decoded.
 
 A shard is a parquet file or a WebDataset file (.tar). A few of them, a window, are in memory,
-still encoded; what a batch needs of them is decoded, and its captions are embedded, when it is
-its turn.
+still encoded; what a batch needs of them is decoded, its captions embedded, in its turn.
 """
 
 import json
@@ -47,11 +46,9 @@ class Stream(DataModule):
 
     Arguments:
         path: The shards: files, or patterns such as `shards/*.tar`, in the order of their paths.
-        conditioning: What turns a caption into u, or None.
         image: The column of images of a parquet file.
         caption: The column of captions; of a .tar the member's extension, or a key of its .json.
-        val_files: So many files, the last ones, are held out to validate on. They are decoded
-            into memory.
+        val_files: So many files, the last ones, are held out to validate on, decoded in memory.
         window: So many files are mixed, and kept in memory encoded, in each process and worker.
         size: The side of a picture in pixels.
         channels: 3 for colour, 1 for grey.
@@ -150,11 +147,8 @@ class Shards:
     is made as it is read.
 
     Arguments:
-        files: The shards.
         counts: The number of rows of each.
         columns: The names of the image and of the caption, or None.
-        shape: The shape of a picture.
-        fit: How a picture becomes a square.
         keep: The number of files that stay in memory, and one more.
     """
 
@@ -307,17 +301,16 @@ def read_tar(file: Path, image: str, caption: str | None) -> list[Row]:
             if member.isfile() and key and kind:
                 content = opened.extractfile(member)
                 assert content is not None
-                rows.setdefault(os.path.join(folder, key), {})[kind.lower()] = (
-                    member.name,
-                    content.read() if caption is not None or is_picture(name) else b"",
-                )
-    found = []
+                wanted = caption is not None or is_picture(name)
+                found = member.name, content.read() if wanted else b""
+                rows.setdefault(os.path.join(folder, key), {})[kind.lower()] = found
+    filled = []
     for row in rows.values():
         pictures = [one for kind, one in row.items() if is_picture(f"x.{kind}")]
         if pictures:
             name, encoded = pictures[0]
-            found.append(({"bytes": encoded, "path": f"{file}: {name}"}, words(row, caption)))
-    return found
+            filled.append(({"bytes": encoded, "path": f"{file}: {name}"}, words(row, caption)))
+    return filled
 
 
 def words(row: dict[str, tuple[str, bytes]], caption: str | None) -> str | None:

@@ -38,12 +38,8 @@ class Table(DataModule):
         x: The columns that are drawn.
         u: The columns that are asked for.
         split: The split to train on, where there are several.
-        val_split: The split to validate on; null holds out one row in twenty, the same in every
-            run.
-        batch_size: The size of a global batch: all devices together.
-        seed: What decides the order.
-        cache_dir: Where copies of rows and embeddings are kept; by default
-            `~/.cache/conditional-pipeline`.
+        val_split: The split to validate on; null holds out one row in twenty, always the same.
+        others: See :class:`pipeline.data.DataModule`.
     """
 
     def __init__(
@@ -90,9 +86,7 @@ class Table(DataModule):
         return self.hub.everything
 
     def columns(self, split: str) -> dict[str, np.ndarray]:
-        """The columns that are wanted, of all rows of a split of the data: float64 (N,) for
-        numbers, objects for words.
-        """
+        """The wanted columns of a split of the data: float64 (N,), or objects for words."""
         name = {"train": self.split, "val": self.val_split or self.split}.get(split, split)
         if name not in self._columns:
             if name not in self.everything:
@@ -160,10 +154,9 @@ def read_csv(files: list[Path]) -> "datasets.Dataset":
     from datasets import Dataset
 
     how: Any = {"dtype": str, "keep_default_na": False, "skipinitialspace": True}
+    how |= {"encoding": "utf-8-sig", "index_col": False}
     try:
-        frames = [
-            pandas.read_csv(one, encoding="utf-8-sig", index_col=False, **how) for one in files
-        ]
+        frames = [pandas.read_csv(one, **how) for one in files]
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{listed(map(str, files))} cannot be read as CSV: {reason}.") from error

@@ -36,30 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--number", "N", 256, "pictures")
     add_number(parser, "--seeds", "K", 1, "draw K times N pictures, for the spread of the scores")
     add_features(parser)
-    parser.add_argument(
-        "--clip", metavar="FOLDER", help="a CLIP, a folder or a name on the hub, to score prompts"
-    )
-    parser.add_argument(
-        "--likelihood",
-        type=int,
-        metavar="K",
-        help="also bits per dimension of K true held-out pictures, without guidance",
-    )
-    parser.add_argument(
-        "--ladder",
-        action="store_true",
-        help="also the Fréchet distance of true pictures with noise of 1, 2, 4 and 8 grey levels, "
-        "and blurred: what a distance looks like",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="FILE.json",
-        help="write the result, and a sheet beside it; a FOLDER takes many, and the plot of a "
-        "sweep",
-    )
-    parser.add_argument(
-        "--wandb", action="store_true", help="also write a W&B run, offline when not logged in"
-    )
+    add, what = parser.add_argument, "a CLIP, a folder or a name on the hub, to score prompts"
+    add("--clip", metavar="FOLDER", help=what)
+    what = "also bits per dimension of K true held-out pictures, without guidance"
+    add("--likelihood", type=int, metavar="K", help=what)
+    what = "also the Fréchet distance of true pictures with noise of 1, 2, 4 and 8 grey levels, "
+    what += "and blurred: what a distance looks like"
+    add("--ladder", action="store_true", help=what)
+    what = "write the result, and a sheet beside it; a FOLDER takes many, and the plot of a sweep"
+    add("--out", metavar="FILE.json", help=what)
+    add("--wandb", action="store_true", help="also write a W&B run, offline when not logged in")
 
 
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
@@ -75,9 +61,8 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     checkpoints, store = args.checkpoint or [None], Store(args.out)
     several = len(checkpoints) * len(choices) > 1
     check(args, several, store)
-    protocol = Protocol(
-        args.number, args.seed, args.seeds, args.micro_batch, args.likelihood, args.ladder
-    )
+    asked = (args.number, args.seed, args.seeds, args.micro_batch, args.likelihood, args.ladder)
+    protocol = Protocol(*asked)
     found: list[dict[str, Any]] = []
     with join(args.device) as device:
         clip = CLIP(args.clip).to(device) if args.clip else None

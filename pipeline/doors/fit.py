@@ -44,23 +44,18 @@ wandb/."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configuration(parser, "an experiment, for example conf/experiment/shapes.yaml")
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with a stopped run, for example runs/shapes/20260102-030405, as if it had not "
+    add = parser.add_argument
+    what = "go on with a stopped run, for example runs/shapes/20260102-030405, as if it had not "
+    what += (
         "stopped; 'auto': with the one in --run FOLDER, which is begun where there is none, so "
-        "that one command serves the first time and every other",
     )
-    parser.add_argument(
-        "--run", metavar="FOLDER", help="where to write (default: runs/EXPERIMENT/TIME)"
-    )
-    parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint to go on from")
-    parser.add_argument(
-        "--init_from",
-        metavar="RUN",
-        help="begin with the weights of another run, or checkpoint, where they fit; what does "
-        "not, such as what reads another encoder, begins anew and is listed",
-    )
+    what += "that one command serves the first time and every other"
+    add("--resume", metavar="RUN", help=what)
+    add("--run", metavar="FOLDER", help="where to write (default: runs/EXPERIMENT/TIME)")
+    add("--ckpt_path", metavar="FILE", help="a checkpoint to go on from")
+    what = "begin with the weights of another run, or checkpoint, where they fit; what does "
+    what += "not, such as what reads another encoder, begins anew and is listed"
+    add("--init_from", metavar="RUN", help=what)
 
 
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
@@ -114,9 +109,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
 
 
 def begin(model: "ScoreModule", other: "Checkpoint") -> str:
-    """Give a denoiser the averaged weights of another one, by name, where their shapes are the
-    same; what was done, in words.
-    """
+    """Give a denoiser the averaged weights of another that fit, by name; in words, which."""
     mine, given = model.denoiser.state_dict(), other.weights()
     fit = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
     if not fit:

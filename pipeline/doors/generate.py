@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.doors.shared import add_model, choose, open_model
+from pipeline.doors.shared import add_model, add_number, choose, open_model
 from pipeline.errors import UserError
 from pipeline.files import new_folder, whole
 
@@ -23,29 +23,16 @@ EPILOG = 'example: python -m pipeline generate "a small red circle" --number 4 -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompts",
-        nargs="*",
-        metavar="PROMPT",
-        help="what to draw (default: some prompts of the run)",
-    )
-    parser.add_argument(
-        "--prompts",
-        dest="file",
-        metavar="FILE",
-        help="a text file with a prompt per line, - for standard input; for a model of tables a "
-        "CSV file of what is asked for, where a cell may be empty",
-    )
-    parser.add_argument(
-        "--pictures",
-        metavar="PATH",
-        help="a picture, or a folder of them, to draw from, each with each prompt or with none: "
-        "small, in grey or with transparent parts, as the model was trained",
-    )
-    parser.add_argument(
-        "--number", type=int, default=4, metavar="N", help="pictures per prompt (default: 4)"
-    )
-    parser.add_argument("--out", metavar="FOLDER", help="where to write (default: outputs/TIME)")
+    add, what = parser.add_argument, "what to draw (default: some prompts of the run)"
+    add("prompts", nargs="*", metavar="PROMPT", help=what)
+    what = "a text file with a prompt per line, - for standard input; for a model of tables a "
+    what += "CSV file of what is asked for, where a cell may be empty"
+    add("--prompts", dest="file", metavar="FILE", help=what)
+    what = "a picture, or a folder of them, to draw from, each with each prompt or with none: "
+    what += "small, in grey or with transparent parts, as the model was trained"
+    add("--pictures", metavar="PATH", help=what)
+    add_number(parser, "--number", "N", 4, "pictures per prompt")
+    add("--out", metavar="FOLDER", help="where to write (default: outputs/TIME)")
     add_model(parser)
 
 

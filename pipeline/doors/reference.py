@@ -1,6 +1,4 @@
-"""`reference`: the statistics of a data set, made once, written down with what decides them, and
-found again.
-"""
+"""`reference`: the statistics of a data set, made once and found again."""
 
 import argparse
 from collections.abc import Sequence
@@ -26,26 +24,18 @@ example: python -m pipeline reference -c conf/experiment/cifar10.yaml --data.pat
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "-c",
-        "--config",
-        metavar="YAML",
-        help="an experiment, whose data are taken; --data.KEY VALUE changes them",
-    )
-    source.add_argument(
-        "--checkpoint", metavar="FILE", help="a checkpoint or a run's folder, with its data"
-    )
+    what = "an experiment, whose data are taken; --data.KEY VALUE changes them"
+    source.add_argument("-c", "--config", metavar="YAML", help=what)
+    what = "a checkpoint or a run's folder, with its data"
+    source.add_argument("--checkpoint", metavar="FILE", help=what)
     source.add_argument("--pictures", metavar="FOLDER", help="a folder of pictures, all of it")
     add_number(parser, "--size", "PIXELS", 32, "the side that pictures of a folder are brought to")
     add_features(parser)
-    parser.add_argument("--split", default="train", help="which rows (default: train)")
-    parser.add_argument(
-        "--number", type=int, metavar="N", help="pictures, drawn at random (default: all)"
-    )
+    add = parser.add_argument
+    add("--split", default="train", help="which rows (default: train)")
+    add("--number", type=int, metavar="N", help="pictures, drawn at random (default: all)")
     add_number(parser, "--batch", "B", 64, "pictures read together")
-    parser.add_argument(
-        "--out", metavar="FILE", help="where to write (default: the cache, where it is found)"
-    )
+    add("--out", metavar="FILE", help="where to write (default: the cache, where it is found)")
     add_device_and_trust(parser)
 
 

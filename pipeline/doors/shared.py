@@ -20,44 +20,23 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
     many: dict[str, Any] = {"action": "append"} if several else {}
     also = "; may be repeated" if several else ""
     commas = ", or several with commas between" if several else ""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help=f"a checkpoint or a run's folder (default: the newest run){also}",
-        **many,
-    )
-    parser.add_argument(
-        "--ema",
-        metavar="NAME",
-        help="which weights: an average of the checkpoint by name, a length such as 0.08 where "
-        "the run kept power-function averages, or trained (default: its first average)",
-    )
-    parser.add_argument(
-        "--sampler",
-        metavar="YAML",
-        help=f"a sampler, e.g. conf/sampler/ddim.yaml (default: the run's){also}; any of its "
-        "arguments can be set by --sampler.KEY VALUE",
-        **many,
-    )
-    parser.add_argument(
-        "--steps",
-        type=str if several else int,
-        metavar="N",
-        help=f"the number of steps of the sampler (default: its own){commas}",
-    )
-    parser.add_argument(
-        "--guidance",
-        metavar="YAML",
-        help="how to guide, e.g. conf/guidance/classifier_free.yaml (default: the run's); any of "
-        "its arguments can be set by --guidance.KEY VALUE",
-    )
-    parser.add_argument(
-        "--scale",
-        type=str if several else float,
-        metavar="W",
-        help="guidance: 0 ignores the prompt, 1 is the model as it was trained, more is stronger "
-        f"(default: the run's){commas}",
-    )
+    add = parser.add_argument
+    what = f"a checkpoint or a run's folder (default: the newest run){also}"
+    add("--checkpoint", metavar="FILE", help=what, **many)
+    what = "which weights: an average of the checkpoint by name, a length such as 0.08 where "
+    what += "the run kept power-function averages, or trained (default: its first average)"
+    add("--ema", metavar="NAME", help=what)
+    what = f"a sampler, e.g. conf/sampler/ddim.yaml (default: the run's){also}; any of its "
+    what += "arguments can be set by --sampler.KEY VALUE"
+    add("--sampler", metavar="YAML", help=what, **many)
+    what = f"the number of steps of the sampler (default: its own){commas}"
+    add("--steps", type=str if several else int, metavar="N", help=what)
+    what = "how to guide, e.g. conf/guidance/classifier_free.yaml (default: the run's); any of "
+    what += "its arguments can be set by --guidance.KEY VALUE"
+    add("--guidance", metavar="YAML", help=what)
+    what = "guidance: 0 ignores the prompt, 1 is the model as it was trained, more is stronger "
+    what += f"(default: the run's){commas}"
+    add("--scale", type=str if several else float, metavar="W", help=what)
     add_number(parser, "--micro-batch", "B", 16, "pictures drawn together")
     add_number(parser, "--seed", "SEED", 0, "the first seed")
     add_device_and_trust(parser)
@@ -72,46 +51,26 @@ def add_number(
 
 
 def add_device_and_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
-    )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="a package, or a module, of yours whose classes checkpoints and samplers may name; "
-        "may be repeated",
-    )
+    what = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
+    parser.add_argument("--device", default="auto", help=what)
+    what = "a package, or a module, of yours whose classes checkpoints and samplers may name; "
+    what += "may be repeated"
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=what)
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features",
-        metavar="YAML",
-        help="a feature network, e.g. conf/features/inception.yaml for FID (default: "
-        "EfficientNet-Lite0 with 112 features, which needs no download)",
-    )
+    what = "a feature network, e.g. conf/features/inception.yaml for FID (default: "
+    what += "EfficientNet-Lite0 with 112 features, which needs no download)"
+    parser.add_argument("--features", metavar="YAML", help=what)
 
 
 def add_configuration(parser: argparse.ArgumentParser, example: str) -> None:
     """The files of a door that is configured by YAML."""
-    parser.add_argument(
-        "-c",
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help=f"{example}; several merge, the later wins",
-    )
-    parser.add_argument(
-        "--print_config",
-        action="store_true",
-        help="print the whole configuration, a start for one of your own, and stop",
-    )
-    parser.add_argument(
-        "--help-all", action="store_true", help="say what every option there is does, and stop"
-    )
+    add, what = parser.add_argument, f"{example}; several merge, the later wins"
+    add("-c", "--config", action="append", default=[], metavar="FILE", help=what)
+    what = "print the whole configuration, a start for one of your own, and stop"
+    add("--print_config", action="store_true", help=what)
+    add("--help-all", action="store_true", help="say what every option there is does, and stop")
 
 
 def say_configuration(args: argparse.Namespace, plan: Any, text: str) -> bool:
@@ -154,10 +113,9 @@ def choose(
     scale: float | None,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Draw with a sampler and a guidance from now on, those of the run where they are `None`.
-    Returns them in words.
-    """
+    """Draw with these from now on, or with the run's where `None`; returns them in words."""
     from pipeline.building import OURS, Config, Text, brief, make
+    from pipeline.checkpoint import Checkpoint
     from pipeline.denoisers import Denoiser
     from pipeline.guidance import Guidance
     from pipeline.samplers import Sampler
@@ -175,7 +133,13 @@ def choose(
     config.add(options)
 
     def weaker(path: str) -> Denoiser:
-        return second_denoiser(path, checkpoint, generator.device)
+        """The denoiser of another checkpoint, for x and u as those of the first."""
+        other = Checkpoint(path, checkpoint.trust)
+        for key, what in (("codec", "other data"), ("fingerprint", "another conditioning")):
+            if other.about[key] != checkpoint.about[key]:
+                said = f"{other.path} is a model of {what} than {checkpoint.path}"
+                raise UserError(f"{said}, and cannot guide it.")
+        return other.denoiser().to(generator.device)
 
     how: dict[str, Any] = {"trust": (OURS, *checkpoint.trust), "openers": {Denoiser: weaker}}
     generator.sampler = make(config.resolve("sampler", Sampler, **how))
@@ -196,19 +160,6 @@ def choose(
         "guidance": brief(generator.guidance),
         "shape": list(generator.codec.shape),
     }
-
-
-def second_denoiser(path: str, checkpoint: "Checkpoint", device: Any) -> Any:
-    """The denoiser of another checkpoint, for x and u as those of a first."""
-    from pipeline.checkpoint import Checkpoint
-
-    other = Checkpoint(path, checkpoint.trust)
-    for key, what in (("codec", "other data"), ("fingerprint", "another conditioning")):
-        if other.about[key] != checkpoint.about[key]:
-            raise UserError(
-                f"{other.path} is a model of {what} than {checkpoint.path}, and cannot guide it."
-            )
-    return other.denoiser().to(device)
 
 
 def read_features(file: str | None, device: str) -> "Features":

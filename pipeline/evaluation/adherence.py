@@ -29,10 +29,9 @@ __all__ = ["CLIP", "clip_score", "distinct", "retrieval_accuracy", "shapes_adher
 def shapes_adherence(
     pictures: Tensor, wanted: Sequence[Attributes], order: np.random.Generator
 ) -> dict[str, Any]:
-    """Read the attributes of the built-in shapes back from the pixels.
+    """Read the attributes of the built-in shapes back from uint8 pictures (N, 3, 32, 32).
 
     Arguments:
-        pictures: uint8, with shape (N, 3, 32, 32).
         wanted: What was asked of each.
         order: Decides how prompts are shuffled.
 
@@ -73,10 +72,8 @@ class CLIP(Vision):
 
     @property
     def resizing(self) -> str:
-        return (
-            f"shorter side bicubic with antialiasing to {self.shorter} rounded, centre "
-            f"{self.side} x {self.side}"
-        )
+        cut = f"centre {self.side} x {self.side}"
+        return f"shorter side bicubic with antialiasing to {self.shorter} rounded, {cut}"
 
     @property
     def shorter(self) -> int:
@@ -168,9 +165,7 @@ def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[
     A tie is a miss, so a space that tells nothing apart scores 0.
 
     References:
-        | Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
-        |   2021), section 3.1, for choosing among prompts by the cosine
-        | https://arxiv.org/abs/2103.00020
+        | Radford et al., 2021, section 3.1; https://arxiv.org/abs/2103.00020
 
     Arguments:
         pictures: The embeddings f of pictures, with shape (N, d).
@@ -193,8 +188,6 @@ def retrieval_accuracy(pictures: Tensor, prompts: Tensor, own: Tensor) -> tuple[
 
 
 def distinct(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The K distinct prompts in the order of their first use, and which of them each one is, with
-    shape (N,).
-    """
+    """The K distinct prompts, as they are first used, and which of them each is, (N,)."""
     index = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
     return list(index), torch.tensor([index[prompt] for prompt in prompts])

@@ -81,8 +81,7 @@ def factor(c: Tensor) -> Tensor:
 def frechet_by_class(
     real: Mapping[Hashable, Statistics], generated: Mapping[Hashable, Statistics]
 ) -> dict[Hashable, float]:
-    """The Fréchet distance within each class that was generated: see
-    :func:`pipeline.evaluation.statistics.by_class`.
+    """The Fréchet distance within each class that was generated, of what `by_class` says.
 
     Raises:
         ValueError: A class was generated that the data do not have.
@@ -256,9 +255,7 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> DensityCove
 
 
 def centred(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets in float64 around the mean of the data: squared distances are found as
-    differences of squares, which a common offset would drown.
-    """
+    """Both sets in float64 around the data's mean: a common offset would drown differences."""
     x, y = real.double(), generated.to(real.device).double()
     return x - x.mean(0), y - x.mean(0)
 
@@ -297,8 +294,7 @@ def inception_score(logits: Tensor, noise: Noise, splits: int = 10) -> tuple[flo
     Arguments:
         logits: Class logits of generated pictures, with shape :math:`(M, K)`.
         noise: Decides who is in which split.
-        splits: In how many equal parts the set is cut; published scores are means over 10, of
-            50,000 pictures.
+        splits: In how many equal parts the set is cut; published scores are of 10 with 5,000 each.
 
     Raises:
         ValueError: There are fewer logits than splits.

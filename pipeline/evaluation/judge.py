@@ -118,9 +118,7 @@ class Shapes(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def teach(self, x: np.ndarray, rows: np.ndarray, truth: dict[str, Tensor]) -> None:
-        """Minimises the cross entropies of all labels, smoothed, on pictures that are moved a
-        little each time.
-        """
+        """Minimises smoothed cross entropies, on pictures moved a little each time."""
         optimizer = torch.optim.AdamW(self.parameters(), RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
         order, side = np.random.default_rng(0), x.shape[-1]
@@ -187,13 +185,10 @@ class Judge(nn.Module):
         found, n = self.read(pictures), len(pictures)
         places: list[int] = order.permutation(n).tolist()
         shuffled = {name: [column[k] for k in places] for name, column in wanted.items()}
-        share = {name: 1 / len(known) for name, known in self.values.items()}
-        return {
-            "accuracy": right(found, wanted),
-            "shuffled": right(found, shuffled),
-            "chance": share
-            | {"mean": sum(share.values()) / len(share), "all": math.prod(share.values())},
-        }
+        chance = {name: 1 / len(known) for name, known in self.values.items()}
+        mean, every = sum(chance.values()) / len(chance), math.prod(chance.values())
+        right_ones = {"accuracy": right(found, wanted), "shuffled": right(found, shuffled)}
+        return right_ones | {"chance": chance | {"mean": mean, "all": every}}
 
 
 def right(found: Labels, wanted: Labels) -> dict[str, float]:
@@ -205,9 +200,7 @@ def right(found: Labels, wanted: Labels) -> dict[str, float]:
 
 
 def judge_of(data: DataModule, device: torch.device | str = "cpu") -> Judge | None:
-    """The judge of the labels that the data have, read where it was taught before; None where they
-    have none.
-    """
+    """The judge of the labels that the data have, or None; taught once and kept."""
     labels = data.labelled("train")
     if not labels:
         return None

@@ -27,7 +27,7 @@ from pipeline.evaluation.adherence import CLIP
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.judge import judge_of
 from pipeline.evaluation.reference import reference_of
-from pipeline.evaluation.statistics import Reference, Statistics, by_class
+from pipeline.evaluation.statistics import Statistics, by_class
 from pipeline.generator import Generator
 from pipeline.noise import Noise, PictureNoise
 from pipeline.samplers import Likelihood, State
@@ -60,13 +60,12 @@ class Measure:
         self, data: DataModule, features: Features, number: int, clip: CLIP | None = None
     ) -> None:
         self.data, self.features, self.number, self.clip = data, features, number, clip
-        self.reference = open_reference(data, features, number)
+        taken = min(TIMES * number, len(data.rows("train").x))
+        self.reference = in_turn(lambda: reference_of(data, "train", features, taken)[0])
         self.values, self.truth = data.held_out(number)
         self.judge = in_turn(lambda: judge_of(data, features.device))
-        self.wanted = {
-            name: [column[row] for row in data.asked(number)]
-            for name, column in data.labelled("val").items()
-        }
+        rows, labels = data.asked(number), data.labelled("val")
+        self.wanted = {name: [column[k] for k in rows] for name, column in labels.items()}
         if len(self.truth) < 2:
             raise UserError(
                 "The data hold out one picture, and the distance of true pictures needs at least "
@@ -121,15 +120,12 @@ class Measure:
 
     @cached_property
     def ladder(self) -> dict[str, float]:
-        """The Fréchet distances of the pictures of the floor, each made worse in one way: what a
-        distance looks like.
-        """
+        """The Fréchet distances of the floor's pictures, each made worse in one way."""
         x, noise = self.truth.float(), Noise("ladder")
-        worse = {
-            f"with noise of {levels} grey level{'s' if levels > 1 else ''}": x
-            + levels * noise.normal(x)
-            for levels in LEVELS
-        }
+        worse = {}
+        for levels in LEVELS:
+            name = f"with noise of {levels} grey level{'s' if levels > 1 else ''}"
+            worse[name] = x + levels * noise.normal(x)
         worse["blurred, 3 × 3"] = avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         found = {}
         for name, y in worse.items():
@@ -138,9 +134,9 @@ class Measure:
         return found
 
     def score(self, pictures: Tensor, values: list[Any]) -> dict[str, Any]:
-        """Distances of pictures from the reference: Fréchet, kernel with the ends of its 95 %
-        interval, precision, recall, density and coverage; with CLIP, the mean score of a picture
-        with its prompt, and the part of them that finds its own prompt among all.
+        """Distances of uint8 pictures (N, C, H, W) from the reference: Fréchet, kernel with the
+        ends of its 95 % interval, precision, recall, density and coverage; with CLIP, the mean
+        score of a picture with its prompt, and the part of them that finds its own among all.
 
         Kernel to coverage take at most 10,000 pictures, and as many of the reference; precision to
         coverage are left out where these are fewer than 6.
@@ -151,10 +147,6 @@ class Measure:
 
         Where the prompts are classes, the Fréchet distance within each, if each has more pictures
         than a feature has numbers, here and among those whose features the reference keeps.
-
-        Arguments:
-            pictures: uint8, with shape (N, C, H, W).
-            values: The prompt of each.
         """
         statistics, of_all = read(self.features, pictures)
         y = of_all[:KEPT]
@@ -186,9 +178,7 @@ class Measure:
         return found
 
     def within_classes(self, features: Tensor, values: list[Any]) -> dict[str, float]:
-        """The Fréchet distance within each class that was asked for; nothing if there are not two,
-        or if one has no more pictures than a feature has numbers: its covariance is singular.
-        """
+        """The Fréchet distance within each class, if all have enough pictures; see `score`."""
         known = self.data.rows("train").values
         labels = [] if known is None else [known[row] for row in self.reference.rows.tolist()]
         real, drawn = Counter(labels), Counter(values)
@@ -197,14 +187,6 @@ class Measure:
         of_real = by_class(self.reference.features, labels)
         found = distances.frechet_by_class(of_real, by_class(features, values))
         return {str(label): value for label, value in found.items()}
-
-
-def open_reference(data: DataModule, features: Features, number: int) -> Reference:
-    """The reference for so many pictures. The first process makes it where there is none, and the
-    others find it.
-    """
-    taken = min(TIMES * number, len(data.rows("train").x))
-    return in_turn(lambda: reference_of(data, "train", features, taken)[0])
 
 
 def read(features: Features, pictures: Tensor) -> tuple[Statistics, Tensor]:

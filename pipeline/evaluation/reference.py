@@ -52,10 +52,8 @@ def reference_of(
         )
     number = len(x) if number is None else number
     if not 2 <= number <= len(x):
-        raise UserError(
-            f"--number is {number}; split {split!r} has {len(x)} pictures, and at "
-            "least 2 are needed."
-        )
+        has = f"split {split!r} has {len(x)} pictures"
+        raise UserError(f"--number is {number}; {has}, and at least 2 are needed.")
     about = describe(x, split, features, number)
     if path is None:
         path = data.cache / "references" / f"{digest(about)[:32]}.safetensors"

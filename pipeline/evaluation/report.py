@@ -19,9 +19,7 @@ WORST = 3  # classes that are printed
 def summarise(
     found: list[dict[str, Any]], store: Store, several: bool, wandb: str | None = None
 ) -> None:
-    """The table and the plot of a sweep of several, what the numbers mean, and a W&B run where
-    one is wanted, to which the command is told.
-    """
+    """The table and plot of several, what the numbers mean, and a W&B run of a command."""
     rows = [row(result) for result in found]
     if several:
         print(table(rows))

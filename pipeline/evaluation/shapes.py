@@ -10,8 +10,7 @@ the object covers:
    the one whose overlap :math:`\sum \min(a, b) / \sum \max(a, b)` is largest, if it is large:
    holes, noise, a second object all lower it; and the edge, :math:`\sum 4 a (1 - a)` for each
    pixel of half-extent, must be sharp;
-4. *size* from that shape's extent, *position* from its middle, where both are near one that
-   exists.
+4. *size* from that shape's extent, *position* from its middle, where such ones exist nearby.
 
 What fails a test is read as None: not a picture of one object. The thresholds let through noise of
 ±20 grey levels and edges softened by half a pixel.
@@ -46,18 +45,12 @@ PALETTE = np.array(list(COLOURS.values()), np.float32)  # (K, 3)
 
 
 def read(pictures: Tensor | np.ndarray, batch: int = 256) -> list[Attributes | None]:
-    """What each picture shows, or None.
-
-    Arguments:
-        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
-        batch: How many to read at a time.
-    """
+    """What each of uint8 pictures (N, 3, 32, 32) shows, or None; `batch` are read at a time."""
     pixels = torch.as_tensor(pictures).cpu().numpy().astype(np.float32)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, 32, 32):
         raise ValueError(f"Pictures have shape {tuple(pixels.shape)}; expected (N, 3, 32, 32).")
-    return [
-        one for some in np.array_split(pixels, len(pixels) // batch + 1) for one in read_some(some)
-    ]
+    parts = np.array_split(pixels, len(pixels) // batch + 1)
+    return [one for some in parts for one in read_some(some)]
 
 
 def read_some(x: np.ndarray) -> list[Attributes | None]:
@@ -107,9 +100,7 @@ def cover(x: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def steepen(a: np.ndarray) -> np.ndarray:
-    """Sets faint noise on the ground and in the object to 0 and 1: a thousand pixels of it would
-    outweigh the object.
-    """
+    """Sets faint noise to 0 and 1: a thousand pixels of it would outweigh the object."""
     return ((a - 0.2) / 0.6).clip(0, 1)
 
 
@@ -119,15 +110,9 @@ def read_shape(a: np.ndarray) -> tuple[np.ndarray, ...]:
     grid = np.arange(a.shape[-1]) + 0.5
     x, y = (a.sum(1) * grid).sum(1) / area, (a.sum(2) * grid).sum(1) / area
     radius = np.stack([np.sqrt(area / AREA[shape]) for shape in SHAPES])  # (4, N)
-    y_middle = np.stack(
-        [y - SINK.get(shape, 0) * r for shape, r in zip(SHAPES, radius, strict=True)]
-    )
-    overlap = np.stack(
-        [
-            iou(a, steepen(coverage(s, x, *yr)))
-            for s, *yr in zip(SHAPES, y_middle, radius, strict=True)
-        ]
-    )
+    y_middle = np.stack([y - SINK.get(s, 0) * r for s, r in zip(SHAPES, radius, strict=True)])
+    each = zip(SHAPES, y_middle, radius, strict=True)
+    overlap = np.stack([iou(a, steepen(coverage(s, x, *y_and_r))) for s, *y_and_r in each])
     best, rows = overlap.argmax(0), np.arange(len(a))
     ranked = np.sort(overlap, 0)
     good = (ranked[-1] > OVERLAP) & (ranked[-1] - ranked[-2] > MARGIN)
@@ -139,14 +124,9 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dict[str, Any]:
-    r"""How well pictures show what was asked for.
+    r"""How well uint8 pictures (N, 3, 32, 32) show what was asked for.
 
-    An attribute that was not asked for (None) counts for nothing; an unread picture gets every
-    asked one wrong.
-
-    Arguments:
-        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
-        wanted: What was asked of each.
+    What was not asked for (None) counts for nothing; an unread picture gets every asked one wrong.
 
     Returns: `colour`, `shape`, `size`, `position`: the part right; `mean`: of these four; `all`:
         the part with everything right; `read`: the part that shows one object at all;
@@ -173,13 +153,8 @@ def grain(pictures: Tensor | np.ndarray) -> float | None:
     from the ground's colour, over channels and all pixels more than two from the object.
 
     White is the end of the range: noise of standard deviation σ around it, cut off there, has a
-    grain of :math:`\sigma / \sqrt{2}`.
-
-    Arguments:
-        pictures: uint8 pictures, with shape :math:`(N, 3, 32, 32)`.
-
-    Returns:
-        The grain; `None` where no picture shows one object.
+    grain of :math:`\sigma / \sqrt{2}`. It is `None` where none of the uint8 pictures
+    (N, 3, 32, 32) shows one object.
     """
     shown = np.array([one is not None for one in read(pictures)])
     pixels, square, count = torch.as_tensor(pictures).cpu().numpy()[shown], 0.0, 0

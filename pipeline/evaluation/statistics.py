@@ -11,8 +11,7 @@ mean far from zero costs no digits. The rule is exact, so it does not matter in 
 what batches or on how many devices the features came.
 
 References:
-    | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (Chan, Golub and
-    |   LeVeque, 1979), equations (1.5)
+    | Chan, Golub and LeVeque, 1979, equations (1.5)
     | http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
 """
 
@@ -50,8 +49,7 @@ class Statistics:
     def update(self, features: Tensor) -> "Statistics":
         """Adds features, of any precision, with shape :math:`(B, D)`; B may be 0.
 
-        A batch costs one matrix product: :math:`\\delta`, scaled, is one more row of the centred
-        batch.
+        A batch costs one matrix product: :math:`\\delta`, scaled, is one more row of it, centred.
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(
@@ -110,10 +108,8 @@ def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Sta
     rows: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
-    return {
-        label: Statistics(features.shape[1], features.device).update(features[some])
-        for label, some in rows.items()
-    }
+    how = features.shape[1], features.device
+    return {label: Statistics(*how).update(features[some]) for label, some in rows.items()}
 
 
 class Reference(NamedTuple):
@@ -150,10 +146,9 @@ class Reference(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path, about: dict[str, str]) -> "Reference":
-        """Reads a file, if it is about what is asked for.
+        """Reads a file written by :meth:`save`, if it is about what is asked for.
 
         Arguments:
-            path: A file written by :meth:`save`.
             about: What has to be the same in its metadata; further entries of it may be anything.
 
         Raises:

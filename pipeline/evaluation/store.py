@@ -1,6 +1,4 @@
-"""Where results are kept: a JSON each, written when it is finished and named after all that
-decides it, so that a sweep goes on where it stopped.
-"""
+"""Results: a JSON each, named after all that decides it, so that a sweep goes on."""
 
 import json
 import sys

@@ -66,9 +66,7 @@ class Protocol:
 
 
 class Sweep:
-    """What all points share: protocol, features, CLIP where prompts are scored too, the store, the
-    command that asked for all this, and the measures of data that were opened.
-    """
+    """What all points share, and the measures of the data that were opened."""
 
     def __init__(
         self, protocol: Protocol, features: Features, clip: CLIP | None, store: Store, command: str
@@ -123,9 +121,7 @@ class Model:
         self.settings = sweep.settings(checkpoint)
 
     def point(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """The result of the model as it is drawn from now, by sampler and guidance in words; from
-        its file where it was finished before.
-        """
+        """The result as the model is drawn from now; from its file where it was finished."""
         store, settings = self.sweep.store, chosen | self.settings
         result = first(lambda: store.find(settings))
         if result is None:
@@ -167,9 +163,7 @@ class Model:
 
     @cached_property
     def bits(self) -> dict[str, float]:
-        """Where asked for, the bits for each value of true pictures: their mean and its standard
-        error. Sampler and guidance have no part in it.
-        """
+        """If asked for, the bits for each value of true pictures: mean and its standard error."""
         protocol, generator = self.sweep.protocol, self.generator
         if protocol.likelihood is None:
             return {}

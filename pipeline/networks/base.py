@@ -16,7 +16,8 @@ class Network(Part, nn.Module, ABC):
 
     Attributes:
         u_dim: The width E of a token of u; 0 where it takes none.
-        planes: The number C of planes of u; 0 where it takes none.
+        planes: The number C of planes of u, which are joined to x: the lecture's (x, u) where u
+            is a picture; 0 where it takes none.
     """
 
     u_dim: int = 0
@@ -29,7 +30,7 @@ class Network(Part, nn.Module, ABC):
         Arguments:
             x: A scaled noisy example, with shape :math:`(B, *)`.
             level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition of each; `None` where it takes none.
+            u: The condition of each, its planes with the sides of x; `None` where it takes none.
         """
 
 

@@ -13,11 +13,11 @@ from pipeline.networks.layers import (
     LevelEmbedding,
     attend,
     check_condition,
-    check_planes,
     check_sides,
     fold,
     pool,
     unfold,
+    with_planes,
     zero,
 )
 
@@ -108,13 +108,11 @@ class DiT(Network):
 
     Arguments:
         channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.
-        u_dim: The width E of a token of u; 0 for an unconditional network.
+        u_dim, planes: See :class:`pipeline.networks.Network`.
         width: The width of a token in the network.
         depth: The number of blocks.
         patch: The side p of a patch: 2 for pictures of 32, 4 for 64, 8 for signals of 1,024.
         head_width: The number of channels of a head, a multiple of 4 that divides the width.
-        planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
-            where u is a picture.
         dims: 2 for pictures (C, H, W), 1 for signals (C, L).
 
     Raises:
@@ -153,24 +151,14 @@ class DiT(Network):
         zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
-        r"""The network's output, with the shape of x.
-
-        Arguments:
-            x: A scaled noisy picture, with shape (B, C, H, W), or signal (B, C, L), its sides
-                multiples of the patch.
-            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, its planes with the sides of x; `None` where u_dim and planes are 0.
-        """
         advice = f"divide into patches of {self.patch}; change the size or the patch."
         check_sides(x, self.dims, self.patch, advice)
         check_condition(u, self.u_dim, self.planes)
-        if u is not None and u.planes is not None:
-            check_planes(u.planes, x)
-            x = torch.cat((x, u.planes), dim=1)
-        h = fold(x, self.patch)  # (B, C·p², H/p, W/p)
+        h = fold(with_planes(x, u), self.patch)  # (B, C·p², H/p, W/p)
         places, sides = _places(h), h.shape[2:]  # (N, dims)
         h = self.input(h.flatten(2).transpose(1, 2))  # (B, N, width)
-        h = h + _waves(places, h.shape[-1])
+        waves = _angles(places, h.shape[-1])  # (N, width / 2)
+        h = h + torch.cat((waves.cos(), waves.sin()), dim=-1)
         c, mask = self.level(level), None
         if self.norm_u is not None and u is not None and u.tokens is not None:
             assert self.tokens is not None and self.modulate is not None
@@ -194,12 +182,6 @@ def _places(h: Tensor) -> Tensor:
     """The row and column of each place of a map, or its sample, from the middle, (N, dims)."""
     sides = (torch.arange(n, dtype=h.dtype, device=h.device) - (n - 1) / 2 for n in h.shape[2:])
     return torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, -2)
-
-
-def _waves(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of each place, with shape (N, width)."""
-    angles = _angles(places, width)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def _angles(places: Tensor, width: int) -> Tensor:

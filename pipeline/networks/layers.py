@@ -10,17 +10,14 @@ from pipeline.condition import U
 from pipeline.errors import UserError
 
 __all__ = ["CONV", "CrossAttention", "LevelEmbedding", "SelfAttention", "attend"]
-__all__ += ["check_condition", "check_planes", "check_sides", "fold", "pool", "unfold"]
-__all__ += ["width_groups", "zero"]
-
+__all__ += ["check_condition", "check_sides", "fold", "pool", "unfold", "width_groups"]
+__all__ += ["with_planes", "zero"]
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 def pool(tokens: Tensor) -> Tensor:
-    """Mean over the tokens of a condition (B, L, E) that are not padding, with shape (B, E); 0
-    where all are.
-    """
+    """Mean over tokens (B, L, E) that are not padding, with shape (B, E); 0 where all are."""
     count = (tokens != 0).any(dim=-1).sum(dim=-1, keepdim=True)  # (B, 1)
     return tokens.sum(dim=1) / count.clamp(min=1)
 
@@ -50,9 +47,7 @@ class LevelEmbedding(nn.Module):
 
 
 def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
-    """Raise `ValueError` unless u is given exactly where a network takes one, with its width and
-    its number of planes.
-    """
+    """Raise `ValueError` unless u has the width and the number of planes that are taken."""
     have = 0 if u is None or u.tokens is None else u.tokens.shape[-1]
     if have != u_dim:
         raise ValueError(f"The network takes a condition of width {u_dim} and was given {have}.")
@@ -61,12 +56,14 @@ def check_condition(u: U, u_dim: int, planes: int = 0) -> None:
         raise ValueError(f"The network takes {planes} planes of u and was given {have}.")
 
 
-def check_planes(planes: Tensor, x: Tensor) -> None:
-    """Raise `ValueError` unless the planes of u have the sides of x."""
-    if planes.shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f"The planes of u are of {_sides(planes)} and x is of {_sides(x)}; they must be equal."
-        )
+def with_planes(x: Tensor, u: U) -> Tensor:
+    """x with the planes of u as further channels; `ValueError` where their sides are others."""
+    if u is None or u.planes is None:
+        return x
+    if u.planes.shape[2:] != x.shape[2:]:
+        sides, of_x = _sides(u.planes), _sides(x)
+        raise ValueError(f"The planes of u are of {sides} and x is of {of_x}; they must be equal.")
+    return torch.cat((x, u.planes), dim=1)
 
 
 def check_sides(x: Tensor, dims: int, multiple: int, advice: str) -> None:
@@ -100,8 +97,7 @@ def zero(layer: nn.Module) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Attention, :math:`\operatorname{softmax}(q k^T / \sqrt{C}) \, v`; 0 where nothing may be
-    seen.
+    r"""Attention, :math:`\operatorname{softmax}(q k^T / \sqrt{C}) \, v`; 0 where all is masked.
 
     The fused kernel of a processor takes, in bfloat16, two to ten times as long on its way back as
     plain products do, which this has there instead.
@@ -167,9 +163,8 @@ class CrossAttention(nn.Module):
         self.norm_u = nn.RMSNorm(u_dim, eps=1e-6)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(u_dim, 2 * width)
-        self.out = nn.Linear(
-            width, width, bias=False
-        )  # so that a row with nothing to attend to gets exactly 0
+        # without a bias a row with nothing to attend to gets exactly 0
+        self.out = nn.Linear(width, width, bias=False)
         zero(self.out)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -181,7 +176,5 @@ class CrossAttention(nn.Module):
 
 
 def width_groups(width: int) -> int:
-    """The number of groups for a group norm: groups of 16 channels, or of the next divisor
-    below.
-    """
+    """The number of groups of a group norm: of 16 channels, or of the next divisor below."""
     return width // math.gcd(width, 16)

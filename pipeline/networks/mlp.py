@@ -13,7 +13,7 @@ __all__ = ["MLP"]
 class MLP(Network):
     r"""A residual multilayer perceptron on the concatenation :math:`(x, u, \text{level})`.
 
-    The network of the lecture's equation (6): the condition is one more part of the input.
+    The network of the lecture's equation (6): u, its tokens averaged, is one more part of x.
 
     Arguments:
         x_dim: The width D of a data vector.
@@ -37,13 +37,6 @@ class MLP(Network):
         zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
-        r"""The network's output, with the shape of x.
-
-        Arguments:
-            x: A scaled noisy vector, with shape (B, D).
-            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition; its tokens are averaged. `None` where u_dim is 0.
-        """
         check_condition(u, self.u_dim)
         given = [] if u is None or u.tokens is None else [pool(u.tokens)]
         h = self.input(torch.cat([x, *given, self.level(level)], dim=-1))  # (B, width)

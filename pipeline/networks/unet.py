@@ -15,12 +15,12 @@ from pipeline.networks.layers import (
     LevelEmbedding,
     SelfAttention,
     check_condition,
-    check_planes,
     check_sides,
     fold,
     pool,
     unfold,
     width_groups,
+    with_planes,
     zero,
 )
 
@@ -70,19 +70,16 @@ class UNet(Network):
     or several.
 
     The picture is folded first (pixel-unshuffle), since most of the cost of a convolutional
-    network lies in its finest maps. Stage k then works at 1 / (patch · 2ᵏ) of the picture's
-    resolution.
+    network lies in its finest maps. Stage k then works at 1 / (patch · 2ᵏ) of its resolution.
 
     References:
         | Ronneberger et al., 2015; https://arxiv.org/abs/1505.04597
-        | Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol, 2021): the modulation
-        |   by scale and shift
-        | https://arxiv.org/abs/2105.05233
+        | Dhariwal & Nichol, 2021: the modulation; https://arxiv.org/abs/2105.05233
         | Liu et al., 2018: the coordinates; https://arxiv.org/abs/1807.03247
 
     Arguments:
         channels: The number C of channels of the picture, 3 for RGB, 1 for grey, or the signal.
-        u_dim: The width E of a token of u; 0 for an unconditional network.
+        u_dim, planes: See :class:`pipeline.networks.Network`.
         widths: The number of channels of each stage, the finest first.
         blocks: The number of blocks of each stage, on the way down and again on the way up.
         patch: The side of the squares of pixels, or the length of the pieces of a signal, that
@@ -95,8 +92,6 @@ class UNet(Network):
         coordinates: Whether each place is told where it is, as `dims` more channels in [-1, 1]. A
             convolution knows a place only by its distance from the border; captions that name
             places are learned sooner with it.
-        planes: The number of planes of u, which are joined to the picture: the lecture's (x, u)
-            where u is a picture.
         dropout: The share of a block's numbers that are left out in training, for data that a
             network could learn by heart.
         dims: 2 for pictures (C, H, W), 1 for signals (C, L).
@@ -140,11 +135,9 @@ class UNet(Network):
             return Stage(block, widths[k], k in attention, of_u)
 
         self.level = LevelEmbedding(dim)
-        self.modulate = (
-            nn.Sequential(nn.RMSNorm(u_dim, eps=1e-6), nn.Linear(u_dim, dim))
-            if u_dim and modulate
-            else None
-        )
+        self.modulate = None
+        if u_dim and modulate:
+            self.modulate = nn.Sequential(nn.RMSNorm(u_dim, eps=1e-6), nn.Linear(u_dim, dim))
         self.concat = nn.Linear(u_dim, concat) if concat else None
         self.coordinates = coordinates
         width_in = (channels + planes) * patch**dims + concat + dims * coordinates
@@ -153,19 +146,15 @@ class UNet(Network):
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
         for k in range(len(widths)):
-            self.down.append(
-                nn.ModuleList(stage(k, width if i == 0 else widths[k]) for i in range(blocks))
-            )
+            stages = (stage(k, width if i == 0 else widths[k]) for i in range(blocks))
+            self.down.append(nn.ModuleList(stages))
             width = widths[k]
             if k + 1 < len(widths):
                 self.downsample.append(conv(width, width, 3, stride=2, padding=1))
         self.middle = stage(len(widths) - 1, width)
         for k in reversed(range(len(widths))):
-            self.up.append(
-                nn.ModuleList(
-                    stage(k, (width if i == 0 else widths[k]) + widths[k]) for i in range(blocks)
-                )
-            )
+            sums = ((width if i == 0 else widths[k]) + widths[k] for i in range(blocks))
+            self.up.append(nn.ModuleList(stage(k, n) for n in sums))
             width = widths[k]
             if k:
                 self.upsample.append(conv(width, width, 3, padding=1))
@@ -174,24 +163,14 @@ class UNet(Network):
         zero(self.output)
 
     def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
-        r"""The network's output, with the shape of x.
-
-        Arguments:
-            x: A scaled noisy picture, with shape (B, C, H, W), or signal (B, C, L).
-            level: The noise level :math:`\log \sigma / \alpha`, with shape (B,).
-            u: The condition, its planes with the sides of x; `None` where u_dim and planes are 0.
-        """
         stages = len(self.widths)
         multiple = self.patch * 2 ** (stages - 1)
         advice = f"fold {stages} stages deep: its sides must be multiples of {multiple}; "
         advice += "change the size, patch or the number of widths."
         check_sides(x, self.dims, multiple, advice)
         check_condition(u, self.u_dim, self.planes)
-        tokens, planes = (None, None) if u is None else (u.tokens, u.planes)
-        if planes is not None:
-            check_planes(planes, x)
-            x = torch.cat((x, planes), dim=1)
-        h = fold(x, self.patch)  # (B, C·p², H/p, W/p)
+        tokens = None if u is None else u.tokens
+        h = fold(with_planes(x, u), self.patch)  # (B, C·p², H/p, W/p)
         c = self.level(level)
         if self.modulate is not None and tokens is not None:
             c = c + self.modulate(pool(tokens))

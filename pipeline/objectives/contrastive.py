@@ -25,15 +25,12 @@ __all__ = ["NCE", "ConditionalNCE"]
 
 
 def _log_prob(denoiser: Preconditioned, points: list[Tensor], u: U) -> Tensor:
-    """log p(x | u) of several points for each example, up to the energy's constant, in one pass:
-    with shape (number of points, B).
-    """
+    """log p(x | u) up to a constant, of several points each, in one pass, (points, B)."""
     x_0, t = clean(denoiser, torch.cat(points))
     u = None if u is None else u.repeat(len(points))
     log_alpha = torch.log(denoiser.schedule(t)[0])
-    return (denoiser.log_prob(x_0, t, u) + x_0[0].numel() * log_alpha).unflatten(
-        0, (len(points), -1)
-    )
+    log_p = denoiser.log_prob(x_0, t, u) + x_0[0].numel() * log_alpha
+    return log_p.unflatten(0, (len(points), -1))
 
 
 class NCE(Objective):
@@ -45,8 +42,7 @@ class NCE(Objective):
 
     The least value is reached by the law of clean x given u, *with* its constant: the energy must
     have a learned one. Where :math:`p_c` has no mass nothing is learned, and far from the data,
-    where a point is noise beyond doubt, little: there the density is small but its slope may be
-    wrong.
+    where a point is noise beyond doubt, little: the density is small but its slope may be wrong.
 
     References:
         | Gutmann & Hyvärinen, 2012; https://jmlr.org/papers/v13/gutmann12a.html
@@ -85,8 +81,7 @@ class ConditionalNCE(Objective):
         + \frac{p(y_k \mid u)}{p(x \mid u)} \Big), \quad y_k = x + \sigma n_k
 
     The noise being symmetric, its own density cancels, and so does every constant of the model:
-    the least value is reached by the law of clean x given u up to one. For small σ it is score
-    matching.
+    the least is reached by the law of clean x given u up to one. For small σ it is score matching.
 
     References:
         | Ceylan & Gutmann, 2018; https://arxiv.org/abs/1806.03664

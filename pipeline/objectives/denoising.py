@@ -69,9 +69,8 @@ class LogNormal(Levels):
     def times(self, schedule: Schedule, q: Tensor) -> Tensor:
         parts = len(self.means)
         part = (q * parts).floor().clamp(max=parts - 1)
-        within = (q * parts - part).clamp(
-            2**-24, 1 - 2**-24
-        )  # a quantile of exactly 0 is at minus infinity
+        # a quantile of exactly 0 is at minus infinity
+        within = (q * parts - part).clamp(2**-24, 1 - 2**-24)
         mean, std = (q.new_tensor(v)[part.long()] for v in (self.means, self.stds))
         return schedule.time(torch.exp(mean + std * torch.special.ndtri(within)))
 
@@ -83,8 +82,7 @@ class OneLevelDSM(Objective):
 
     Here :math:`\tilde x = x_t / \alpha_t` and :math:`\phi` is the score of its law, so the bracket
     is D at the time of noise ratio σ. The least value is reached by the score of the *noisy* law,
-    whose variance is :math:`\sigma^2` larger than that of the data; the other times are not
-    trained.
+    whose variance is :math:`\sigma^2` larger than that of the data; no other time is trained.
 
     References:
         | Vincent, 2011; https://doi.org/10.1162/NECO_a_00142
@@ -111,10 +109,8 @@ class OneLevelDSM(Objective):
         """
         low, high = schedule.ratio(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
         if not low <= self.sigma <= high:
-            raise ValueError(
-                f"sigma = {self.sigma} must lie between {low:.3g} and {high:.3g}, the noise "
-                f"ratios of the schedule."
-            )
+            ends = f"between {low:.3g} and {high:.3g}, the noise ratios of the schedule"
+            raise ValueError(f"sigma = {self.sigma} must lie {ends}.")
         return schedule.time(torch.tensor(self.sigma, dtype=torch.float64))
 
 
@@ -124,8 +120,7 @@ class DSM(Objective):
     .. math:: w(t) \, \frac{1}{d} \| D(\alpha_t x + \sigma_t n, t, u) - x \|^2, \quad
         t \sim \text{levels}, \quad d = \dim x
 
-    Without a weight w it is the denoiser's own, which puts the error in units of the network's
-    output.
+    Without a weight w it is the denoiser's own: the error in units of the network's output.
 
     References:
         | Karras et al., 2022, equation (8); https://arxiv.org/abs/2206.00364
@@ -164,13 +159,8 @@ class DSM(Objective):
         return self.weight(denoiser.schedule.ratio(t)) * loss
 
     def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """The band of each time: bands are cut at quantiles of the level, whatever the order of a
-        mixture's parts.
-        """
-        grid = self.levels.times(
-            schedule, torch.linspace(0, 1, 1025, device=t.device, dtype=t.dtype)[:-1]
-        )
-        edges = torch.quantile(
-            grid, torch.linspace(0, 1, len(self.bands) + 1, dtype=t.dtype, device=t.device)
-        )
+        """The band of each time, cut at quantiles of the level, whatever a mixture's order."""
+        ends = 1024, len(self.bands)
+        q, cuts = (torch.linspace(0, 1, n + 1, dtype=t.dtype, device=t.device) for n in ends)
+        edges = torch.quantile(self.levels.times(schedule, q[:-1]), cuts)
         return torch.bucketize(t, edges[1:-1])

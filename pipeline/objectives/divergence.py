@@ -1,6 +1,4 @@
-"""Contrastive divergence: a density is learned by lowering it where its own chains go. As in
-noise-contrastive estimation the data are taken as they are, at t = 0.
-"""
+"""Contrastive divergence at t = 0: a density is lowered where its own chains go."""
 
 from typing import Any
 

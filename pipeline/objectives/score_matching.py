@@ -51,19 +51,13 @@ class ScoreMatching(Objective):
         return phi.square().flatten(1).sum(dim=1) / 2 + trace
 
     def trace(self, phi: Tensor, x_0: Tensor, noise: Noise, record: bool) -> Tensor:
-        r"""The trace of :math:`\nabla \phi`, or an unbiased estimate, with shape (B,).
-
-        Arguments:
-            phi: The score, with shape :math:`(B, *)`.
-            x_0: Where it was taken, with the shape of phi; phi was recorded as a function of it.
-            noise: Where the randomness comes from.
-            record: Whether the trace is to be differentiated in turn.
+        r"""The trace of :math:`\nabla \phi` at x_0, or an unbiased estimate, with shape (B,): phi
+        was recorded as a function of x_0, and `record` is whether the trace is to be in turn.
         """
         trace = x_0.new_zeros(len(x_0))
         for i, phi_i in enumerate(phi.flatten(1).unbind(dim=1)):
-            (row,) = torch.autograd.grad(
-                phi_i.sum(), x_0, create_graph=record, retain_graph=True
-            )  # ∂φ_i / ∂x, with the shape of x
+            # ∂φ_i / ∂x, with the shape of x
+            (row,) = torch.autograd.grad(phi_i.sum(), x_0, create_graph=record, retain_graph=True)
             trace = trace + row.flatten(1)[:, i]
         return trace
 

@@ -67,9 +67,7 @@ class Features(Part, ABC):
         """The network's input, of float32 pictures (B, 3, H, W) in [0, 255]."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """What the network's classifier, where it is `classified`, says of features (B, D), with
-        shape :math:`(B, K)`.
-        """
+        """What the network's classifier says of features (B, D), with shape :math:`(B, K)`."""
         raise NotImplementedError(f"{self.name} has no classes.")
 
     def fingerprint(self) -> str:
@@ -107,9 +105,7 @@ class Features(Part, ABC):
         return torch.cat(found)
 
     def read(self, pictures: Tensor | np.ndarray, batch_size: int = 64) -> Iterator[Tensor]:
-        """The features of many uint8 pictures (N, C, H, W), in memory or mapped, `batch_size` at
-        a time, in order.
-        """
+        """The features of many uint8 pictures (N, C, H, W), `batch_size` at a time, in order."""
         for start in range(0, len(pictures), batch_size):
             some = pictures[start : start + batch_size]
             yield self(torch.from_numpy(np.array(some)) if isinstance(some, np.ndarray) else some)
@@ -149,9 +145,7 @@ class Own(Features):
 
 
 def resize(x: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing, clipped to [0, 255], not rounded; a picture that has the size
-    already is left as it is.
-    """
+    """Bicubic with antialiasing, clipped to [0, 255], not rounded, where the size is another."""
     if x.shape[-2:] == (size, size):
         return x
     x = interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)

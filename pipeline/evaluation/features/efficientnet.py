@@ -44,9 +44,7 @@ class EfficientNetLite0(Features):
     set is mostly bias, and the 112 means over places of the eleventh block are the better choice.
 
     References:
-        | EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks (Tan and Le,
-        |   2019)
-        | https://arxiv.org/abs/1905.11946
+        | Tan and Le, 2019; https://arxiv.org/abs/1905.11946
         | https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
 
     Arguments:
@@ -145,9 +143,7 @@ class Block(nn.Module):
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """The same with each normalisation taken into the convolution before it: one pass less over
-    what it makes.
-    """
+    """The same with each normalisation taken into the convolution before it."""
     for module in network.modules():
         for conv, bn in (
             ("conv_stem", "bn0"),

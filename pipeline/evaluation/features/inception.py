@@ -7,8 +7,7 @@ from the Inception-v3 of the paper and of torchvision in three ways:
 - the last block pools by the maximum where all others take the mean;
 - the classifier has 1008 outputs.
 
-The port to torch of those weights is one file, under whose names (those of torchvision) the layers
-here are called.
+The port to torch of those weights is one file, by whose names (torchvision's) layers are called.
 """
 
 from collections import defaultdict
@@ -46,8 +45,7 @@ class Inception(Features):
 
     References:
         | Heusel et al., 2017; https://arxiv.org/abs/1706.08500
-        | Rethinking the Inception Architecture for Computer Vision (Szegedy et al., 2015)
-        | https://arxiv.org/abs/1512.00567
+        | Szegedy et al., 2015; https://arxiv.org/abs/1512.00567
         | https://github.com/mseitzer/pytorch-fid
 
     Arguments:
@@ -142,9 +140,7 @@ E: Branches = {
 
 
 class Conv(nn.Module):
-    """Convolution, batch normalisation, ReLU; the size stays, or is that of the places where the
-    kernel lies `inside`, as it does with a stride of 2.
-    """
+    """Convolution, normalisation, ReLU; the size stays but for a stride of 2, or `inside`."""
 
     def __init__(
         self, channels: int, out: int, kernel: Size, stride: int = 1, inside: bool = False
