@@ -272,7 +272,7 @@ class OneFolder(pl.Callback):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints whole or not at all, written beside their place: TMPDIR may be another disk."""
+    """Checkpoints whole or not at all, written beside their place: TMPDIR may lie elsewhere."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None

@@ -132,7 +132,7 @@ class Drawings(Pictures):
     Splits: `train` and `val` (the seen four fifths, other drawings), `unseen` (the other fifth).
 
     Arguments:
-        per_combination: Training drawings of a seen combination; an eighth in `val` and `unseen`.
+        per_combination: Training drawings of each seen combination; an eighth in `val`, `unseen`.
         seed: What decides the held-out fifth, the drawings and the order.
         more: See :class:`pipeline.data.DataModule`.
     """
