@@ -56,7 +56,7 @@ format: $(SETUP) ## Format, and mend what ruff can mend
 	@$(PY) -m ruff format .
 
 bench: $(SETUP) ## Run the benchmarks that need no checkpoint and take minutes, one by one
-	@set -e; for bench in step scaling world evaluation mcmc; do echo "== $$bench"; $(PY) benchmarks/$$bench.py $(ARGS); done
+	@set -e; for bench in step train sampling data scaling world evaluation mcmc; do echo "== $$bench"; $(PY) benchmarks/$$bench.py $(ARGS); done
 
 docker: ## Build the image of a GPU trainer
 	docker build -f docker/Dockerfile -t conditional-score-pipeline $(ARGS) .
