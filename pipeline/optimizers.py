@@ -144,13 +144,16 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         averages = [self.state[p]["momentum_buffer"] for p in params]
         gradients, lr = [p.grad for p in params], group["lr"]
-        if self.grad_scale is not None:
+        # on a CPU a look at a number waits for nothing, and spares what would change nothing
+        host = bool(params) and params[0].device.type == "cpu"
+        if self.grad_scale is not None and not (host and self.grad_scale == 1):
             gradients = torch._foreach_div(gradients, self.grad_scale)  # type: ignore
         if self.found_inf is not None:
             # an average that is its own gradient stays as it is, and a rate of 0 moves nothing
             bad = self.found_inf > 0
-            pairs = zip(averages, gradients, strict=True)
-            gradients = [torch.where(bad, average, gradient) for average, gradient in pairs]
+            if not host or bad:
+                pairs = zip(averages, gradients, strict=True)
+                gradients = [torch.where(bad, average, gradient) for average, gradient in pairs]
             lr = lr * ~bad
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])  # type: ignore
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # type: ignore
