@@ -13,7 +13,7 @@ import torch
 from tiny import CALLBACKS, equal, fit, launch, read
 from torch import Tensor, nn
 
-from pipeline.callbacks import EMA
+from pipeline.callbacks import EMA, Precision
 from pipeline.condition import Condition
 from pipeline.conditioning import Classes
 from pipeline.data import Batch, Points
@@ -403,3 +403,33 @@ def test_checkpoint_holds_what_is_trained_and_nothing_else(whole: Path) -> None:
 def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
     files = {path.name for path in whole.rglob("*") if path.is_file()}
     assert {"config.yaml", "last.ckpt", "best.ckpt", "step-000003.png", "step-000006.png"} <= files
+
+
+@pytest.mark.parametrize(
+    ("one", "many", "chosen"),
+    [(3.0, 0.7, "bfloat16"), (3.0, 1.2, "float32"), (20.0, None, "float32")],
+    ids=["disturbed", "slower", "without instructions"],
+)
+def test_the_trial_of_a_type(
+    one: float, many: float | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single trial on one row may be disturbed; it ends the matter where it is far off alone."""
+    made, asked = module(), list[int]()
+
+    def seconds(trainer: object, pl_module: ScoreModule, rows: int) -> float:
+        asked.append(rows)
+        ratio = one if rows == 1 else many
+        assert ratio is not None, "a whole batch was tried"
+        return 1.0 if pl_module.denoiser.precision is None else ratio
+
+    monkeypatch.setattr("pipeline.callbacks.precision.seconds", seconds)
+    monkeypatch.setattr("pipeline.callbacks.precision.share", lambda trainer: (0, 1))
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(batch_size=8),
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+        print=lambda said: None,
+    )
+    callback = Precision(trials=2)
+    callback.on_train_start(trainer, made)
+    assert callback.choice == chosen and set(asked) == ({1} if many is None else {1, 8})
+    assert made.denoiser.precision == {"bfloat16": torch.bfloat16, "float32": None}[chosen]

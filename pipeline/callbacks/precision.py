@@ -51,18 +51,14 @@ class Precision(pl.Callback):
     def _ratio(self, trainer: pl.Trainer, pl_module: ScoreModule, rows: int, trials: int) -> float:
         """The time in bfloat16 over that in float32, the least of each; rank 0's for all."""
         # in turn, so that a machine with other work slows both; the first round warms up
-        rounds = [
-            [self._time(trainer, pl_module, rows, kind) for kind in (None, torch.bfloat16)]
-            for _ in range(trials + 1)
-        ]
+        rounds = []
+        for _ in range(trials + 1):
+            times = []
+            for pl_module.denoiser.precision in (None, torch.bfloat16):
+                times.append(seconds(trainer, pl_module, rows))
+            rounds.append(times)
         full, half = (min(times) for times in zip(*rounds[1:], strict=True))
         return trainer.strategy.broadcast(half / full)
-
-    def _time(
-        self, trainer: pl.Trainer, pl_module: ScoreModule, rows: int, kind: torch.dtype | None
-    ) -> float:
-        pl_module.denoiser.precision = kind
-        return seconds(trainer, pl_module, rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"choice": self.choice}
