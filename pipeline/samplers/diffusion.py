@@ -51,7 +51,7 @@ class DDIM(Sampler):
     ) -> State:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
         tau = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2
-        keep = sigma_s / sigma_t * math.sqrt(1 - self.eta**2 * tau)
+        keep = sigma_s / sigma_t * math.sqrt(1 - self.eta**2 * tau)  # of x_t; the rest is of D
         x_s = torch.add(keep * state.x, denoiser(state.x, t, u), alpha=alpha_s - alpha_t * keep)
         if self.eta:
             x_s.add_(noise.normal(x_s), alpha=sigma_s * self.eta * math.sqrt(tau))
