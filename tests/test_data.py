@@ -395,6 +395,23 @@ def test_shapes_refuse_other_splits() -> None:
 # --- decoding and its cache ---
 
 
+@pytest.mark.parametrize("small", [1.0, -1.0], ids=["in place", "by threads"])
+def test_rows_are_decoded_in_order(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thumbnails in place and what takes longer by threads; a bad one keeps its row."""
+    monkeypatch.setattr(pictures, "SMALL", small)
+    images = Shapes(None, 2).dataset("val").select_columns(["image"])
+
+    def read(image: dict | None) -> np.ndarray:
+        if image == images[3]["image"]:
+            raise ValueError("broken")
+        return pictures.decode(image, 32, 3)
+
+    found = list(pictures.decoded(images, read, "decoding", True))
+    assert len(found) == len(images) and "broken" in found[3]
+    for k in (0, 1, 2, 4, len(images) - 1):
+        assert (found[k] == pictures.decode(images[k]["image"], 32, 3)).all()
+
+
 def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path / "photos", 12)
     Hub(path, None, size=8, cache_dir=str(tmp_path / "cache")).setup()
