@@ -4,7 +4,8 @@ Two Gaussians in 100 dimensions, 16 chains, one core, float32. On the first (any
 and MALA against a bare torch loop of the same mathematics, in alternating blocks, and against
 torchebm's Langevin dynamics. On the second (standard deviations from 0.1 to 10, so a condition
 number of 1e4), NUTS against pyro's and blackjax's, all adapting step size and diagonal mass in the
-warm-up. Effective sample sizes are the least over the coordinates, computed alike for all; the
+warm-up; on that of unit variance HMC, ten steps of 0.2, against blackjax's. Ours as it is, and
+compiled. Effective sample sizes are the least over the coordinates, computed alike for all; the
 gradients counted are those of every chain, of chains that wait for others too.
 
     pip install torchebm pyro-ppl blackjax
@@ -34,7 +35,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.mcmc import MALA, NUTS, ULA, Gaussian, Kernel, run
+from aims import aim
+
+from pipeline.mcmc import HMC, MALA, NUTS, ULA, Gaussian, Kernel, run
 from pipeline.mcmc.diagnostics import Summary, summarise
 from pipeline.noise import Noise
 
@@ -177,7 +180,7 @@ class Result:
         )
 
 
-def ours(draws: int, warmup: int, seed: int) -> Result:
+def ours(draws: int, warmup: int, seed: int, compile: bool) -> Result:
     noise, clock = Noise("nuts", seed), []
     x = noise.normal(torch.empty(CHAINS, DIM))
     ticks = 0
@@ -185,15 +188,19 @@ def ours(draws: int, warmup: int, seed: int) -> Result:
     def tick() -> None:
         nonlocal ticks
         ticks += 1
-        if ticks == warmup:
+        if ticks in (warmup, warmup + 1):  # the first draw is not counted: it waits to be compiled
             clock.append(time.perf_counter())
 
     clock.append(time.perf_counter())
-    drawn = run(Gaussian(torch.zeros(DIM), STDS**2), NUTS(), x, draws, warmup, noise, tick)
+    target = Gaussian(torch.zeros(DIM), STDS**2)
+    drawn = run(target, NUTS(), x, draws, warmup, noise, tick, compile)
     end = time.perf_counter()
     each = drawn.gradients / drawn.x[..., 0].numel()
     remark = f"step {drawn.kernel.step_size:.3f}, {each:.2f} gradients a draw"
-    return Result("ours", drawn.x, end - clock[1], clock[1] - clock[0], drawn.gradients, remark)
+    if compile:
+        remark += f", compiling took {clock[2] - clock[1]:.1f} s more"
+    name = "ours, compiled" if compile else "ours"
+    return Result(name, drawn.x, end - clock[2], clock[1] - clock[0], drawn.gradients, remark)
 
 
 def pyro(draws: int, warmup: int, seed: int, chains: int) -> Result:
@@ -294,6 +301,75 @@ def blackjax(draws: int, warmup: int, seed: int) -> tuple[Result, Result]:
     )
 
 
+# HMC against HMC ---------------------------------------------------------------------------------
+
+STEP, LEAPS = 0.2, 10
+
+
+def hmc(name: str, draw: Callable[[int], Tensor], draws: int) -> str:
+    """A row: `draw` gives (draws, chains, D), and is compiled by its first call."""
+    draw(0)
+    times, x = [], torch.empty(0)
+    for seed in range(1, 6):
+        start = time.perf_counter()
+        x = draw(seed)
+        times.append(time.perf_counter() - start)
+    spent = statistics.median(times)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = summarise(x)
+    least = min(found.ess_bulk.min(), found.ess_tail.min())
+    rate = CHAINS * LEAPS * draws / spent
+    return f"| {name} | {1e6 * spent / draws:.1f} µs | {rate / 1e6:.2f} M | {least / spent:.0f} |"
+
+
+def our_hmc(draws: int, compile: bool) -> Callable[[int], Tensor]:
+    kernel, target = HMC(STEP, LEAPS), Gaussian(torch.zeros(DIM), torch.ones(DIM))
+    step = kernel.stepper(target, compile)
+
+    @torch.inference_mode()
+    def draw(seed: int) -> Tensor:
+        noise = Noise("hmc", seed)
+        state, path = kernel.init(target, target.draw(noise, CHAINS)), []
+        for _ in range(draws):
+            state, _ = step(state, noise)
+            path.append(state.x)
+        return torch.stack(path)
+
+    return draw
+
+
+def blackjax_hmc(draws: int) -> Callable[[int], Tensor]:
+    import blackjax as library
+    import jax
+    import numpy as np
+
+    def log_density(x: "jax.Array") -> "jax.Array":
+        return -0.5 * (x**2).sum()
+
+    mass = jax.numpy.ones(DIM)
+    kernel = library.hmc(
+        log_density, step_size=STEP, inverse_mass_matrix=mass, num_integration_steps=LEAPS
+    )
+
+    @jax.jit
+    @jax.vmap
+    def sample(key: "jax.Array", x: "jax.Array") -> "jax.Array":
+        def one(state: object, key: "jax.Array") -> tuple[object, object]:
+            state, _ = kernel.step(key, state)
+            return state, state.position
+
+        return jax.lax.scan(one, kernel.init(x), jax.random.split(key, draws))[1]
+
+    def draw(seed: int) -> Tensor:
+        first, second = jax.random.split(jax.random.key(seed))
+        x = jax.random.normal(second, (CHAINS, DIM))
+        path = jax.block_until_ready(sample(jax.random.split(first, CHAINS), x))
+        return torch.from_numpy(np.array(path)).transpose(0, 1)
+
+    return draw
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=1000)
@@ -324,8 +400,20 @@ def main() -> None:
         "\n| NUTS | least ESS, bulk / tail | a second | times pyro's | per 1,000 gradients | "
         "worst sd / true | worst R-hat | seconds, draws + warm-up | |\n" + "|---" * 9 + "|"
     )
-    for result in [ours(args.draws, args.warmup, args.seed), *peers]:
+    own = [ours(args.draws, args.warmup, args.seed, compile) for compile in (False, True)]
+    for result in [*own, *peers]:
         print(result.row(rate), flush=True)
+    if len(peers) > 1:
+        print()
+        aim("ESS a second, compiled, over blackjax's", own[1].rate / peers[1].rate, 1, least=True)
+    print("\n| HMC | a trajectory of 16 chains | gradients a second | least ESS a second |")
+    print("|---|---|---|---|")
+    print(hmc("ours", our_hmc(args.draws, False), args.draws), flush=True)
+    print(hmc("ours, compiled", our_hmc(args.draws, True), args.draws), flush=True)
+    try:
+        print(hmc("blackjax, step fixed", blackjax_hmc(args.draws), args.draws))
+    except ImportError:
+        pass
     for reason in missing:
         print(f"| skipped: {reason} |" + " |" * 8)
 

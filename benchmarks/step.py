@@ -22,6 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from aims import aim
+
 from pipeline.experiment import Experiment, keep_memory
 from pipeline.tracking import loggers
 
@@ -99,6 +101,7 @@ def main() -> None:
     print(
         f"ratio {statistics.median(ratios):.3f} (of pairs of blocks, from {low:.3f} to {high:.3f})"
     )
+    aim("the ratio", statistics.median(ratios), 1.05)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 A step is the network on a batch, a mean squared error, its gradient and AdamW. The networks have
 about as many weights, at 3 × 32 × 32: ours as the default has it (folded by 2), unfolded at
 diffusers' widths, a DiT, and diffusers' UNet2DModel. Their operations are counted, and their rate
-is put beside that of products of matrices of 1,024 numbers a side in the same round. Medians and
-quartiles of interleaved rounds; processor time where there is no GPU.
+is put beside the machine's in the same round: of a product of matrices of 1,024 numbers a side, or
+of a convolution of 128 channels, 3 × 3, whichever is faster. Medians and quartiles of interleaved
+rounds; processor time where there is no GPU.
 
     python benchmarks/train.py [--rounds 10] [--batch 32] [--compile] [--dtype bfloat16]
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from aims import aim
 
 from pipeline.networks import DiT, UNet
 
@@ -114,11 +118,21 @@ def main() -> None:
             eager()
         counted[name], steps[name] = counter.get_total_flops(), Step(net, call, args)
     matrix = torch.randn(SIDE, SIDE, device=args.device, dtype=getattr(torch, args.dtype))
+    image, kernel = (
+        torch.randn(n, 128, side, side).to(matrix).to(memory_format=torch.channels_last)
+        for n, side in ((32, 16), (128, 3))
+    )
+
+    @torch.no_grad()
+    def convolve() -> Tensor:
+        return nn.functional.conv2d(image, kernel, padding=1)
+
     rates = dict[str, list[float]]()
     times = dict[str, list[float]]()
     for number in range(args.rounds + 2):
-        least = min(taken(lambda: matrix @ matrix, args.device) for _ in range(5))
-        limit = 2 * SIDE**3 / least
+        product = min(taken(lambda: matrix @ matrix, args.device) for _ in range(5))
+        convolution = min(taken(convolve, args.device) for _ in range(5))
+        limit = 2 * max(SIDE**3 / product, 9 * 128**2 * image[:, 0].numel() / convolution)
         for name, step in steps.items():
             seconds = taken(step, args.device)
             if number > 1:  # the first two warm up
@@ -137,6 +151,12 @@ def main() -> None:
             f"| {name} | {weights:.1f} | {counted[name] / 1e9:.0f} | {ms} | "
             f"{quartiles(rates[name])} | {quartiles(ratio) if ratio else '–'} |"
         )
+    first = next(iter(steps))
+    print()
+    aim("the default's share of the rate", statistics.median(rates[first]), 0.87, least=True)
+    if peer:
+        ratio = statistics.median(a / b for a, b in zip(times[first], peer, strict=True))
+        aim("its time over diffusers'", ratio, 0.55)
 
 
 if __name__ == "__main__":

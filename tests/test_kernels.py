@@ -199,19 +199,17 @@ class NoWeights(nuts.Forest):
 class LastHalf(nuts.Forest):
     """The subtree that was added last is always preferred."""
 
-    def uniform(self) -> Tensor:
-        self.asked = (getattr(self, "asked", 0) + 1) % 3
-        drawn = super().uniform()
-        return torch.zeros_like(drawn) if self.asked == 2 else drawn
+    def uniform(self, noise: Noise) -> list[Tensor]:
+        chance, share, side = super().uniform(noise)
+        return [chance, torch.zeros_like(share), side]
 
 
 class LastLeaf(nuts.Forest):
     """In a subtree the last leaf is always drawn."""
 
-    def uniform(self) -> Tensor:
-        self.asked = (getattr(self, "asked", 0) + 1) % 3
-        drawn = super().uniform()
-        return torch.zeros_like(drawn) if self.asked == 1 else drawn
+    def uniform(self, noise: Noise) -> list[Tensor]:
+        chance, share, side = super().uniform(noise)
+        return [torch.zeros_like(chance), share, side]
 
 
 @pytest.mark.parametrize("forest", [NoWeights, LastHalf, LastLeaf])
@@ -410,6 +408,33 @@ def test_pictures_are_vectors(kernel: Kernel) -> None:
     assert pictures.shape == (10, 5, 2, 3, 2)
     assert torch.allclose(pictures.flatten(2), vectors, rtol=1e-9, atol=1e-9)
     assert torch.equal(state.x, pictures[-1])
+
+
+@pytest.mark.parametrize(
+    "kernel", [Metropolis(0.7), MALA(0.15), HMC(0.4, 3), NUTS(0.4, 5)], ids=of
+)
+def test_compiled_draws_are_the_same(kernel: Kernel) -> None:
+    """A density that torch differentiates is one program with its kernel."""
+    density = Density(lambda x: -(x**4).reshape(len(x), -1).sum(dim=1))
+    x = Noise("pictures").normal(torch.zeros(5, 1, 2, 3, dtype=torch.float64))
+    with torch.inference_mode():
+        state = kernel.init(density, x)
+        plain = kernel.draw(density, state, 40, Noise(1))
+        found = kernel.draw(density, state, 40, Noise(1), compile=True)
+    assert found[2].gradients == plain[2].gradients
+    pairs = zip(
+        (found[1], *found[0], *found[2][1:]), (plain[1], *plain[0], *plain[2][1:]), strict=True
+    )
+    for ours, theirs in pairs:
+        assert ours is theirs is None or torch.allclose(
+            ours.double(), theirs.double(), rtol=1e-8, atol=1e-8
+        )
+
+
+def test_what_cannot_be_compiled_is_said() -> None:
+    density = Density(lambda x: -(x**2).sum(dim=1) if x.sum() > -1e9 else -x.sum(dim=1))
+    with pytest.raises(UserError, match="cannot be compiled.*leave compile out"):
+        run(density, HMC(0.2, 2), torch.zeros(2, 3), 3, 0, Noise(1), compile=True)
 
 
 @pytest.mark.parametrize("kernel", EXACT, ids=of)

@@ -23,6 +23,7 @@ EPILOG = """\
   --draws 1000                  steps of each chain that are kept
   --warmup 500                  steps before them, in which the step size and the unit of each
                                 coordinate are found, and then frozen
+  --compile true                compile the kernel and the density first, in some seconds
   --seed 0                      the same seed, the same draws
 
 Prints mean, standard deviation, quantiles, effective sample sizes and R-hat of each coordinate,

@@ -14,7 +14,8 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pipeline.building import Part
 from pipeline.errors import UserError
+from pipeline.mcmc.compiled import compiled
 from pipeline.mcmc.targets import NoDensity, Target
 from pipeline.noise import Noise
 from pipeline.schedules import expand_as_batch
@@ -118,13 +120,15 @@ class Kernel(Part, ABC):
         draws: int,
         noise: Noise,
         progress: Callable[[], object] | None = None,
+        compile: bool = False,
     ) -> tuple[State, Tensor, Info]:
         """Many steps, at least 1: the last state, the points with shape (draws, B, *), and what
-        happened.
+        happened. Where they are `compiled`, they are the same but for rounding.
         """
+        step = self.stepper(target, compile)
         points, infos = [], []
         for _ in range(draws):
-            state, info = self.step(target, state, noise)
+            state, info = step(state, noise)
             points.append(state.x)
             infos.append(info)
             if progress is not None:
@@ -132,6 +136,27 @@ class Kernel(Part, ABC):
         gradients, *rest = zip(*infos, strict=True)
         stacked = [None if part[0] is None else torch.stack(part) for part in rest]
         return state, torch.stack(points), Info(sum(gradients), *stacked)
+
+    def stepper(
+        self, target: Target, compile: bool = False
+    ) -> Callable[[State, Noise], tuple[State, Info]]:
+        """`step` on one target; `compiled`, if it is to be."""
+        if not compile:
+            return partial(self.step, target)
+        gradients = 0
+
+        def flat(parts: Sequence[Any], noise: Noise) -> Sequence[Any]:
+            nonlocal gradients
+            state, (gradients, *happened) = self.step(target, State(*parts), noise)
+            return *state, *happened
+
+        program = compiled(flat)
+
+        def step(state: State, noise: Noise) -> tuple[State, Info]:
+            *parts, acceptance, diverged = program(state, noise)
+            return State(*parts), Info(gradients, acceptance, diverged)
+
+        return step
 
 
 class ULA(Kernel):

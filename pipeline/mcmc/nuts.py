@@ -23,12 +23,15 @@ References:
     | https://arxiv.org/abs/1912.11554
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
+from pipeline.mcmc.compiled import compiled
 from pipeline.mcmc.kernels import LOST, Info, Kernel, State, dot, positive
 from pipeline.mcmc.targets import Target
 from pipeline.noise import Noise
@@ -71,12 +74,14 @@ class NUTS(Kernel):
         draws: int,
         noise: Noise,
         progress: Callable[[], object] | None = None,
+        compile: bool = False,
     ) -> tuple[State, Tensor, Info]:
         forest = Forest(state, self.step_size, self.max_depth, draws, noise)
+        grow = forest.compiled(target) if compile else partial(forest.grow, target)
         leaves, done = 0, 0
         while done < draws:
             for _ in range(BETWEEN_LOOKS):
-                forest.grow(target)
+                grow(noise)
             leaves += BETWEEN_LOOKS
             before, done = done, int(forest.drawn.min())
             if progress is not None:
@@ -113,7 +118,7 @@ class Forest:
     def __init__(
         self, state: State, step_size: float, max_depth: int, draws: int, noise: Noise
     ) -> None:
-        self.shape, self.draws, self.noise = state.x.shape, draws, noise
+        self.shape, self.draws = state.x.shape, draws
         x = state.x.flatten(1)
         b, d = x.shape
         self.columns = d, d, 1, d
@@ -133,7 +138,8 @@ class Forest:
         self.acceptance = x.new_empty(draws + 1, b)
         self.diverged = torch.empty(draws + 1, b, dtype=torch.bool, device=x.device)
         everywhere = torch.ones_like(self.rows, dtype=torch.bool)
-        self.turn_over(self.plant(everywhere, self.sample), everywhere, ~everywhere)
+        first = self.plant(everywhere, self.sample, noise)
+        self.turn_over(first, everywhere, ~everywhere)
 
     def _number_leaves(self, max_depth: int) -> None:
         """What the digits of each m say: the slots of the trees that end there, whether a doubling
@@ -152,11 +158,34 @@ class Forest:
         x, score, log_prob, _ = self.sample.split(self.columns, dim=1)
         return State(x.reshape(self.shape), log_prob[:, 0], score.reshape(self.shape))
 
-    def uniform(self) -> Tensor:
-        return self.noise.uniform(len(self.rows)).to(self.rows.device)
+    def compiled(self, target: Target) -> Callable[[Noise], None]:
+        """`grow`, compiled."""
+        own, fixed = vars(self), {"rows", "kinds", "slots"}
+        written = ["kept", "x", "acceptance", "diverged"]  # in place
+        moved = [n for n, part in own.items() if isinstance(part, Tensor)]
+        moved = [n for n in moved if n not in fixed and n not in written]
 
-    def grow(self, target: Target) -> None:
+        def grown(parts: Sequence[Any], noise: Noise) -> Sequence[Any]:
+            own.update(zip(moved + written, parts, strict=True))
+            self.grow(target, noise)
+            return [own[name] for name in moved]
+
+        program = compiled(grown)
+
+        def grow(noise: Noise) -> None:
+            parts = [own[name] for name in moved + written]
+            own.update(zip(moved, program(parts, noise), strict=True))
+            own.update(zip(written, parts[-4:], strict=True))
+
+        return grow
+
+    def uniform(self, noise: Noise) -> list[Tensor]:
+        """The numbers that decide within a subtree, between it and the tree, and on a side."""
+        return [noise.uniform(len(self.rows)).to(self.rows.device) for _ in range(3)]
+
+    def grow(self, target: Target, noise: Noise) -> None:
         """Add a leaf to every tree; where that ends a trajectory, begin the next one."""
+        chance, share, side = self.uniform(noise)
         leaf, p, gain = self.leap(target)
         diverged = ~(gain > -LOST)
         gain = gain.masked_fill(diverged, -torch.inf)
@@ -169,17 +198,17 @@ class Forest:
 
         # within a subtree a leaf is drawn by its weight; a subtree's is preferred to the tree's
         subweight = torch.logaddexp(self.subweight, gain)
-        chosen = self.uniform().log() < gain - subweight
+        chosen = chance.log() < gain - subweight
         self.candidate = torch.where(chosen[:, None], leaf, self.candidate)
-        better = merged & (self.uniform().log() < subweight - self.weight)
+        better = merged & (share.log() < subweight - self.weight)
         better = better & (self.drawn < self.draws)
         self.sample = torch.where(better[:, None], self.candidate, self.sample)
         self.weight = torch.where(merged, torch.logaddexp(self.weight, subweight), self.weight)
         self.subweight = subweight.masked_fill(merged, -torch.inf)
 
         self.record(ended, diverged)
-        flip = merged & ~ended & (self.uniform() < 0.5)
-        self.turn_over(self.plant(ended, leaf), ended, flip)
+        flip = merged & ~ended & (side < 0.5)
+        self.turn_over(self.plant(ended, leaf, noise), ended, flip)
 
     def leap(self, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         """A leapfrog step from the near end: the leaf, its momentum, its log-weight relative to
@@ -218,12 +247,12 @@ class Forest:
         self.diverged.flatten().index_copy_(0, flat, diverged)
         self.drawn = torch.clamp(self.drawn + ended, max=self.draws)
 
-    def plant(self, ended: Tensor, leaf: Tensor) -> Tensor:
+    def plant(self, ended: Tensor, leaf: Tensor, noise: Noise) -> Tensor:
         """The leaf, and where a trajectory ended the first one of the next: the sample with a
         fresh momentum.
         """
         x, score, log_prob, _ = self.sample.split(self.columns, dim=1)
-        p = self.noise.normal(self.momentum)
+        p = noise.normal(self.momentum)
         row, energy = ended[:, None], log_prob[:, 0] - 0.5 * dot(p, p)
         self.energy = torch.where(ended, energy, self.energy)
         self.momentum = torch.where(row, p, self.momentum)
