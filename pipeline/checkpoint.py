@@ -8,6 +8,8 @@ A checkpoint is the dictionary that Lightning saves, or a smaller one of the sam
 - "state_dict": the trained weights, each name with "denoiser." before it;
 - "averages": averages of them, by name.
 
+A model that was exported (`pipeline.exported`) is read as a checkpoint of one set of weights.
+
 It is read without executing anything in it, and may name members of the families above only.
 """
 
@@ -20,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pipeline import exported
 from pipeline.averaging import LONGEST, reconstruct
 from pipeline.building import brief, build, describe
 from pipeline.codec import Codec, Columns, Pixels
@@ -111,7 +114,7 @@ class Checkpoint:
     """A checkpoint that was opened.
 
     Arguments:
-        path: A file, or the folder of a run, whose `last.ckpt` is taken.
+        path: A file, the folder of a run, whose `last.ckpt` is taken, or of an exported model.
         trust: Packages beside our own whose classes it may name.
 
     Attributes:
@@ -231,9 +234,13 @@ def averages(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def locate(path: str | Path | None) -> Path:
-    """The file of a checkpoint: itself, the `last.ckpt` in a run's folder, or the newest run's."""
+    """The file of a checkpoint: itself, the `last.ckpt` in a run's folder, the configuration in an
+    exported model's, or the newest run's checkpoint.
+    """
     if path is not None:
-        return Path(path) / LAST if Path(path).is_dir() else Path(path)
+        inside = [Path(path) / name for name in (LAST, exported.CONFIG)]
+        found = [file for file in inside if file.is_file()] or inside
+        return found[0] if Path(path).is_dir() else Path(path)
     found = sorted(Path("runs").glob(f"*/*/{LAST}"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
@@ -256,6 +263,10 @@ def load_newest(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def load(path: Path) -> dict[str, Any]:
     """The dictionary in a file, read without executing anything in it."""
+    if path.name == exported.CONFIG:
+        content = exported.read(path)
+        weights = content["state_dict"]
+        return content | {"state_dict": {f"{PREFIX}{k}": w for k, w in weights.items()}}
     if not path.is_file():
         raise UserError(
             f"There is no checkpoint {path}; `make train` makes one in runs/, or name another."

@@ -1,4 +1,4 @@
-"""The doors: `python -m pipeline fit / generate / sample / evaluate / reference`.
+"""The doors: `python -m pipeline fit / generate / demo / sample / evaluate / reference / show`.
 
 Importing torch takes seconds, so a door imports what it needs as it runs: help comes at once.
 """
@@ -18,7 +18,7 @@ from pipeline.errors import UserError, code_of
 
 __all__ = ["main"]
 
-DOORS = ("fit", "generate", "sample", "evaluate", "reference")
+DOORS = ("fit", "generate", "demo", "sample", "evaluate", "export", "reference", "show")
 
 
 class Parser(argparse.ArgumentParser):

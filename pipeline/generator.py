@@ -6,6 +6,7 @@ and evaluation all draw through it.
 """
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.checkpoint import Checkpoint
+from pipeline import exported
+from pipeline.checkpoint import Checkpoint, about
 from pipeline.codec import Codec
 from pipeline.condition import Condition
 from pipeline.conditioning import Conditioning, Given, Picture
@@ -50,6 +52,7 @@ class Generator:
         guidance: How to guide; `None` leaves the conditional denoiser as it is.
         together: Whether all processes of `torch.distributed` draw together. Each of them then
             has to make the same calls.
+        prompts: What to draw where nothing else is said.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class Generator:
         sampler: Sampler,
         guidance: Guidance | None = None,
         together: bool = False,
+        prompts: Sequence[str] = (),
     ) -> None:
         self.denoiser, self.conditioning, self.codec = denoiser, conditioning, codec
         if isinstance(conditioning, Picture):
             conditioning.see(codec.shape)
         self.sampler, self.guidance, self.together = sampler, guidance, together
+        self.prompts = prompts
 
     @classmethod
     def from_checkpoint(
@@ -89,8 +94,45 @@ class Generator:
         conditioning = checkpoint.conditioning()
         denoiser = checkpoint.denoiser(average).to(device)
         sampler = checkpoint.part("sampler", Sampler)
-        guidance = checkpoint.optional("guidance", Guidance)
-        return cls(denoiser, conditioning, checkpoint.part("codec", Codec), sampler, guidance)
+        guidance, codec = (
+            checkpoint.optional("guidance", Guidance),
+            checkpoint.part("codec", Codec),
+        )
+        said = checkpoint.prompts
+        return cls(denoiser, conditioning, codec, sampler, guidance, prompts=said)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+    ) -> "Generator":
+        """The generator of an exported model: a folder, or OWNER/NAME on the Hugging Face hub.
+
+        Raises:
+            UserError: It is none of ours, was changed or is of a later version, or its text
+                encoder is not the one it was trained with.
+        """
+        return cls.from_checkpoint(exported.find(name), device, trust)
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Export the model, as it draws now, into a folder that holds none; `card` is the text of
+        its model card.
+
+        Raises:
+            UserError: The folder holds a model, or a part cannot be described.
+        """
+        parts = self.denoiser, self.codec, self.conditioning, self.sampler, self.guidance
+        said = about(*parts, prompts=self.prompts)
+        exported.save(folder, said, self.denoiser.state_dict(), card or exported.model_card(said))
+
+    def push_to_hub(self, repo_id: str, private: bool = True, token: str | None = None) -> str:
+        """Upload the model to the Hugging Face hub as OWNER/NAME; returns its address there.
+
+        Raises:
+            UserError: The hub cannot be reached, or refuses it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return exported.push(folder, repo_id, private, token)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +180,12 @@ class Generator:
         progress: Callable[[State], object] | None = None,
     ) -> Iterator[Tensor]:
         """Draw as `__call__` does, and yield x itself, (up to micro_batch, \\*shape)."""
+        if isinstance(values, str) or len(values) != len(seeds):
+            told = f"the text {values!r}" if isinstance(values, str) else f"{len(values)} values"
+            raise UserError(
+                f"A Generator was given {told} and {len(seeds)} seeds; give a list of values, "
+                'such as ["a cat"], and a seed for each.'
+            )
         denoiser, (rank, world) = self.guided(), self.place()
         index = {value: k for k, value in enumerate(dict.fromkeys(values))}
         table = self.embed(list(index))

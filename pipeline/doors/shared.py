@@ -15,17 +15,32 @@ if TYPE_CHECKING:
     from pipeline.generator import Generator
 
 
+def add_model_file(parser: argparse.ArgumentParser, **many: Any) -> None:
+    """The model itself, of which there may be `many`."""
+    add, also = parser.add_argument, "; may be repeated" if many else ""
+    what = f"a checkpoint or a run's folder (default: the newest run){also}"
+    add("--checkpoint", metavar="FILE", help=what, **many)
+    what = "an exported model: its folder, or OWNER/NAME on the Hugging Face hub"
+    add("--model", dest="checkpoint", metavar="FOLDER", type=exported_model, help=what, **many)
+    what = "which weights: an average of the checkpoint by name, a length such as 0.08 where "
+    what += "the run kept power-function averages, or trained (default: its first average)"
+    add("--ema", metavar="NAME", help=what)
+
+
+def exported_model(name: str) -> str:
+    """The folder of a model that was exported."""
+    from pipeline.exported import find
+
+    return str(find(name))
+
+
 def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """What to draw with; of checkpoint, sampler, steps and scale there may be several."""
     many: dict[str, Any] = {"action": "append"} if several else {}
     also = "; may be repeated" if several else ""
     commas = ", or several with commas between" if several else ""
     add = parser.add_argument
-    what = f"a checkpoint or a run's folder (default: the newest run){also}"
-    add("--checkpoint", metavar="FILE", help=what, **many)
-    what = "which weights: an average of the checkpoint by name, a length such as 0.08 where "
-    what += "the run kept power-function averages, or trained (default: its first average)"
-    add("--ema", metavar="NAME", help=what)
+    add_model_file(parser, **many)
     what = f"a sampler, e.g. conf/sampler/ddim.yaml (default: the run's){also}; any of its "
     what += "arguments can be set by --sampler.KEY VALUE"
     add("--sampler", metavar="YAML", help=what, **many)
@@ -101,7 +116,8 @@ def open_model(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot hold {checkpoint.path}: {reason}") from error
-    return checkpoint, Generator(denoiser, checkpoint.conditioning(), codec, sampler)
+    conditioning, prompts = checkpoint.conditioning(), checkpoint.prompts
+    return checkpoint, Generator(denoiser, conditioning, codec, sampler, prompts=prompts)
 
 
 def choose(
