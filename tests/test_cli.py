@@ -14,7 +14,7 @@ from encoders import tiny_encoder
 from PIL import Image
 from tiny import ROOT, fit, launch, read
 
-from pipeline.cli import main
+from pipeline.cli import DOORS, main
 from pipeline.samplers import DDIM, Heun
 
 PROMPT = "a small red circle at the top left"
@@ -246,7 +246,8 @@ def test_resume_spells_out_the_run(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["fit"], ["sample"], ["generate"], ["evaluate"], ["reference"]]
+    "command",
+    [[], *([name] for name in DOORS)],
 )
 def test_help_comes_at_once(command: list[str]) -> None:
     start = time.monotonic()

@@ -20,6 +20,9 @@ from pipeline.errors import UserError
 __all__ = ["Config", "Text"]
 
 
+PACKAGED = Path(__file__).parents[1]  # where conf/ lies when the package is installed
+
+
 class Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number."""
 
@@ -136,6 +139,8 @@ class Config:
 
 def load(file: Path, named: str, inside: tuple[Path, ...] = ()) -> Any:
     """What a YAML file holds, with all that it includes."""
+    if file.parts[:1] == ("conf",) and not file.exists() and (PACKAGED / file).exists():
+        file = PACKAGED / file
     if not file.is_file():
         names = [one.name for one in sorted(file.parent.glob("*.yaml"))]
         close = ", ".join(difflib.get_close_matches(file.name, names) or names[:8])

@@ -197,7 +197,8 @@ class Resolver:
         """What may stand at a place, to end a sentence: files in conf/, else members."""
         name = (*plain_path(at), "")[-2] if at else ""
         for folder in (Path("conf") / name, Path("conf") / name[:-1]):
-            if name and (files := sorted(folder.glob("*.yaml"))):
+            files = [*folder.glob("*.yaml"), *(Path(__file__).parents[1] / folder).glob("*.yaml")]
+            if name and (files := sorted(files)):
                 listed = ", ".join(f"{folder}/{file.name}" for file in files[:8])
                 return f"; choose a file such as {listed}, or name a class_path"
         known = sorted({public_path(one) for family in families for one in concrete(family)})
