@@ -146,7 +146,7 @@ class Experiment:
         self.model = make(found["model"])
         given = found["trainer"].arguments
         own: dict[str, Any] = {"default_root_dir": str(self.run)}
-        if self.logs:
+        if given.get("logger") in (None, True):
             own["logger"] = False  # ours are made when it is known that all else can be built
         silent = given.get("enable_progress_bar") is False  # which Lightning takes for a conflict
         own["enable_progress_bar"] = None if silent else given.get("enable_progress_bar")
@@ -188,8 +188,8 @@ class Experiment:
 
     @property
     def logs(self) -> bool:
-        """Whether the loggers are ours."""
-        return self.plan.arguments["trainer"].arguments.get("logger") in (None, True)
+        """Whether anything is logged: by ours, and by those that are named, beside them."""
+        return self.plan.arguments["trainer"].arguments.get("logger") is not False
 
     def give_back(self) -> None:
         """Leave no folder that announces itself as a run where nothing was trained."""
@@ -215,7 +215,10 @@ class Experiment:
             ) from error
         if self.logs:
             about: dict[str, Any] = self.told | {"command": command}
-            trainer.loggers = loggers(self.run, self.plan.arguments["project"], about, step or 0)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(about)
+            ours = loggers(self.run, self.plan.arguments["project"], about, step or 0)
+            trainer.loggers = [*ours, *trainer.loggers]
         print(f"Writing to {self.run}", file=sys.stderr)
 
 

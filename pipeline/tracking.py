@@ -22,7 +22,8 @@ def loggers(run: Path, project: str, config: dict[str, Any], step: int = 0) -> "
 
     `WANDB_MODE` is obeyed where it is set ("online", "offline", "disabled"). A resumed run
     continues its own W&B run. Where the server does not answer the run is kept offline, with a
-    word: compute nodes often reach none. `step` are the steps that the run has behind it.
+    word: compute nodes often reach none. `step` are the steps that the run has behind it. A run
+    of a W&B sweep has the id that the sweep gives it, `WANDB_RUN_ID`.
     """
     found: list[Logger] = [_csv(run, step)]
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
@@ -113,5 +114,5 @@ def _identity(run: Path) -> str:
     """The id of the run's W&B run, kept in its folder."""
     file = run / "wandb-id"
     if not file.exists():
-        file.write_text(secrets.token_hex(4))
+        file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     return file.read_text().strip()

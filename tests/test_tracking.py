@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 import yaml
-from tiny import ROOT, command, fit
+from PIL import Image
+from tiny import CALLBACKS, ROOT, command, fit
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,6 +26,7 @@ from pipeline import tracking
 from pipeline.callbacks import Watch
 from pipeline.callbacks.progress import busy_cores
 from pipeline.callbacks.watch import Operations
+from pipeline.generator import Generator
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -50,8 +52,13 @@ def records(file: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracking") / "run"
-    cache = ["--data.cache_dir", str(folder.parent / "cache")]
-    door = ["-m", "pipeline", *command(folder, "--trainer.logger", "null", *cache)]
+    own = ["--trainer.logger", "null", "--data.cache_dir", str(folder.parent / "cache")]
+    means = {"class_path": "pipeline.evaluation.features.Own"}
+    means |= {"init_args": {"module": {"class_path": "test_evaluate.Means"}, "dim": 48}}
+    scored = {"number": 6, "micro_batch": 6, "share": 1e6, "features": means}
+    evaluation = {"class_path": "pipeline.callbacks.Evaluation", "init_args": scored}
+    export = {"class_path": "pipeline.callbacks.Export"}
+    door = ["-m", "pipeline", *command(folder, *own, callbacks=[evaluation, *CALLBACKS, export])]
     done = apart(door, folder.parent)  # only when its process has ended is W&B's file whole
     assert done.returncode == 0, done.stderr
     return folder
@@ -157,20 +164,148 @@ def test_config_can_be_run_again(run: Path) -> None:
     assert config["data"]["init_args"]["batch_size"] == 8
 
 
-def test_wandb_offline_holds_config_command_losses_and_sheets(run: Path) -> None:
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    config, history = {}, {}
+def told(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The config of an offline run, the last that was logged under each name, and the run's id."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    config, history, identity = {}, {}, ""
     for record in records(file):
+        identity = record.run.run_id or identity
         for item in record.run.config.update if record.HasField("run") else record.config.update:
             config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         for item in record.history.item:
             history[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return config, history, identity
+
+
+def test_wandb_offline_holds_all_that_the_run_is_made_of(run: Path) -> None:
+    config, _, identity = told(run)
     assert config["command"].startswith("python -m pipeline fit -c ")
-    flat = json.dumps(config)
-    assert "pipeline.denoisers.Clean" in flat and "pipeline.data.Shapes" in flat
-    assert {"train/loss", "val/loss", "train/examples_per_s"} <= set(history)
-    assert any("samples" in name for name in history)
-    assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
+    whole = yaml.safe_load((run / "config.yaml").read_text())
+    assert {key: config[key] for key in whole} == whole
+    assert identity == (run / "wandb-id").read_text()
+
+
+def test_wandb_offline_holds_every_curve_of_the_csv(run: Path) -> None:
+    _, history, _ = told(run)
+    (file,) = run.glob("csv/metrics.csv")
+    last: dict[str, float] = {}
+    for row in csv.DictReader(file.open()):
+        last |= {name: float(value) for name, value in row.items() if value}
+    curves = set(last) - {"epoch", "step"}
+    named = {"train/loss", "train/lr", "train/gradient", "train/skipped", "val/loss"}
+    named |= {"time/data", "time/forward", "time/backward", "time/optimizer", "memory/peak_gib"}
+    assert named | {f"val/band_{k}" for k in range(4)} | {"eval/frechet_48"} <= curves
+    assert {name: history[name] for name in curves} == pytest.approx(
+        {name: last[name] for name in curves}, rel=1e-6
+    )
+
+
+def test_wandb_offline_holds_pictures_as_a_sheet_and_one_by_one(run: Path) -> None:
+    _, history, _ = told(run)
+    (files,) = run.glob("wandb/offline-run-*/files")
+    (sheet,) = history["samples/filenames"]
+    with Image.open(files / sheet) as whole:
+        assert whole.width == 2 * (128 + 8) + 8
+    captions, names = history["samples/each/captions"], history["samples/each/filenames"]
+    assert len(set(captions)) == 2 and all(text.startswith("a ") for text in captions)
+    drawn = []
+    for name in names:
+        with Image.open(files / name) as one:  # enlarged, and its margin
+            assert one.size == (128 + 16, 128 + 16)
+            drawn.append(one.tobytes())
+    assert drawn[0] != drawn[1]
+
+
+def test_wandb_offline_holds_the_table_of_scores(run: Path) -> None:
+    _, history, _ = told(run)
+    (files,) = run.glob("wandb/offline-run-*/files")
+    table = json.loads((files / history["evaluation/path"]).read_text())
+    assert table["columns"] == ["score", "drawn", "true pictures", "prompts shuffled"]
+    rows = {row[0]: row[1:] for row in table["data"]}
+    assert {"frechet", "kernel", "precision", "recall", "colour", "mean", "all"} <= set(rows)
+    drawn, true, _ = rows["frechet"]
+    assert drawn == pytest.approx(history["eval/frechet_48"], rel=1e-6)
+    assert true == pytest.approx(history["eval/frechet_48_floor"], rel=1e-6)
+    assert rows["mean"][0] == pytest.approx(history["eval/accuracy"], rel=1e-6)
+
+
+def test_wandb_offline_holds_the_exported_model(run: Path) -> None:
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    all_of_them = [r.request.log_artifact.artifact for r in records(file)]
+    all_of_them += [r.artifact for r in records(file)]
+    (artifact,) = [one for one in all_of_them if one.type == "model"]
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert names == {"README.md", "config.json", "model.safetensors"}
+    _, _, identity = told(run)
+    assert artifact.name == f"model-{identity}"
+    drawn = [Generator.from_pretrained(run / "model"), Generator.from_checkpoint(run)]
+    ours, theirs = (next(generator(["a red circle"], [0])) for generator in drawn)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["CSVLogger", "TensorBoardLogger"])
+def test_a_named_logger_writes_beside_ours(name: str, tmp_path: Path) -> None:
+    if name == "TensorBoardLogger":
+        pytest.importorskip("tensorboard")
+    place = {"save_dir": str(tmp_path), "name": "own", "version": ""}
+    node = {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": place}
+    run = fit(tmp_path / "run", "--trainer.logger", json.dumps(node))
+    ours = [float(row["train/loss"]) for row in rows(run / "csv") if row["train/loss"]]
+    if name == "CSVLogger":
+        own = [float(row["train/loss"]) for row in rows(tmp_path / "own") if row["train/loss"]]
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "own")).Reload()
+        own = [one.value for one in events.Scalars("train/loss")]
+    assert len(own) == 6 and own == pytest.approx(ours, rel=1e-6)
+    about = yaml.safe_load((tmp_path / "own/hparams.yaml").read_text())
+    assert about["data"]["class_path"] == "pipeline.data.Shapes" and "command" in about
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+SWEEP = """
+import json, sys
+from types import SimpleNamespace
+import wandb
+from wandb.wandb_agent import Agent
+
+run_id, told = sys.argv[1], json.loads(sys.argv[2])
+stub = SimpleNamespace(_in_jupyter=False, _function=None, _forward_signals=False)
+stub._run_processes, stub._sweep_command = {}, told["command"]
+args = {key: {"value": value} for key, value in told["point"].items()}
+Agent._command_run(stub, {"run_id": run_id, "program": None, "args": args})
+sys.exit(stub._run_processes[run_id].wait())
+"""
+
+
+@pytest.mark.slow
+def test_a_point_of_the_sweep_runs_as_wandb_starts_it(tmp_path: Path) -> None:
+    """By its own code, which is given the point that a server would choose."""
+    sweep = yaml.safe_load((ROOT / "conf/sweep.yaml").read_text())
+    point = {}
+    for key, chosen in sweep["parameters"].items():
+        point[key] = chosen["value"] if "value" in chosen else chosen.get("values", [0.003])[0]
+    assert point["trainer.max_steps"] >= point["trainer.val_check_interval"]
+    point |= {"trainer.max_steps": 3, "trainer.val_check_interval": 3}
+    *start, args = sweep["command"]
+    small = command(tmp_path / "run", "--trainer.logger", "null")[3:]
+    said = json.dumps({"command": [*start, *small, args], "point": point})
+    where = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s"}
+    where["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = apart(["-c", SWEEP, "abc12345", said], tmp_path, **where)
+    assert done.returncode == 0, done.stderr
+    config, history, identity = told(tmp_path / "run")
+    for key, value in point.items():
+        found = config[key.split(".")[0]]
+        for name in key.split(".")[1:]:
+            found = found.get("init_args", found)[name]
+        assert found == value
+    assert sweep["metric"]["name"] in history
+    assert identity == "abc12345" == (tmp_path / "run/wandb-id").read_text()
 
 
 ASK = "import wandb; print(wandb.setup().settings.base_url)"

@@ -1,6 +1,7 @@
 from pipeline.callbacks.compiled import *
 from pipeline.callbacks.ema import *
 from pipeline.callbacks.evaluation import *
+from pipeline.callbacks.export import *
 from pipeline.callbacks.last import *
 from pipeline.callbacks.precision import *
 from pipeline.callbacks.progress import *

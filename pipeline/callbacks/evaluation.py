@@ -25,7 +25,9 @@ class Evaluation(pl.Callback):
     Inception score where the features have classes, the distance of true pictures beside the
     Fréchet distance (`eval/frechet_112_floor`), on the built-in shapes `eval/accuracy`, and what
     it cost, `eval/seconds`. A `ModelCheckpoint` that monitors one of them keeps the best; a
-    validation that is not scored does not count for it.
+    validation that is not scored does not count for it. Loggers that take tables are given one,
+    `evaluation`: each score beside that of true pictures, each attribute beside that of shuffled
+    prompts.
 
     Data that are not pictures are not scored.
 
@@ -56,6 +58,7 @@ class Evaluation(pl.Callback):
         self.features = features or EfficientNetLite0()
         self.micro_batch, self.seed = micro_batch, seed
         self.measure: Measure | None = None
+        self.scores: dict[str, Any] = {}
         self.start, self.spent, self.last = time.monotonic(), 0.0, 0.0  # until training begins
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
@@ -91,3 +94,18 @@ class Evaluation(pl.Callback):
         self.spent += self.last
         for name, value in (said | {"seconds": self.last}).items():
             pl_module.log(f"eval/{name}", value, batch_size=1, sync_dist=True)
+        self.scores = scores
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
+        scores, self.scores = self.scores, {}
+        if self.measure is None or not scores:
+            return
+        true, read = self.measure.floor, scores.get("accuracy", {})
+        told = [name for name in (*DISTANCES, "inception_score") if name in scores]
+        rows = [[name, scores[name], true.get(name), None] for name in told]
+        of_true = true.get("accuracy", {})
+        rows += [[k, read[k], of_true.get(k), scores["shuffled"][k]] for k in read]
+        columns = ["score", "drawn", "true pictures", "prompts shuffled"]
+        takers: list[Any] = [one for one in trainer.loggers if hasattr(one, "log_table")]
+        for logger in takers:
+            logger.log_table("evaluation", columns, rows, step=trainer.global_step)

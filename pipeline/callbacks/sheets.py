@@ -19,8 +19,9 @@ class SampleSheet(pl.Callback):
     """Draws the same prompts with the same seeds at every validation, from the averaged weights,
     all processes together.
 
-    Each sheet is written into the run's folder, as `sheets/step-000500.png`, and given to every
-    logger that takes pictures.
+    Each sheet is written into the run's folder, as `sheets/step-000500.png`. It is given to every
+    logger that takes pictures, as `samples`, and so is each picture of it with its caption, as
+    `samples/each`.
 
     Data that cannot be seen have no sheet.
 
@@ -57,6 +58,9 @@ class SampleSheet(pl.Callback):
         file = Path(trainer.default_root_dir) / f"sheets/step-{trainer.global_step:06d}.png"
         with whole(file, alone=True) as part:
             sheet.save(part, "png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [sheet], step=trainer.global_step)  # type: ignore[attr-defined]
+        takers: list[Any] = [one for one in trainer.loggers if hasattr(one, "log_image")]
+        each = [data.codec.sheet(row[None], [""], 1) for row in rows] if takers else []
+        for logger in takers:
+            step, captions = trainer.global_step, list(map(str, prompts))
+            logger.log_image("samples", [sheet], step=step)
+            logger.log_image("samples/each", each, step=step, caption=captions)

@@ -36,7 +36,9 @@ Often changed
   --model.optimizer.lr 1e-3
   --trainer.callbacks+ conf/callback/evaluation.yaml
                                 one more of a list
-  --trainer.logger false        no CSV and no Weights & Biases
+  --trainer.logger "{class_path: lightning.pytorch.loggers.CSVLogger, save_dir: logs}"
+                                one more logger, beside the CSV and Weights & Biases
+  --trainer.logger false        no logger at all
 
 The run's folder gets config.yaml, last.ckpt (also at Ctrl-C), best.ckpt, sheets/, csv/ and
 wandb/."""
