@@ -14,7 +14,7 @@ ROOMS = (
     "errors files averaging distributed building schedules noise optimizers condition networks "
     "mcmc conditioning png codec latents denoisers guidance composition objectives samplers "
     "exported checkpoint generator data tracking figures evaluation engines module callbacks "
-    "experiment doors cli __main__"
+    "experiment interop doors cli __main__"
 ).split()
 FILES = sorted(path for path in (ROOT / "pipeline").rglob("*.py") if path.parent.name)
 

@@ -1,0 +1,118 @@
+"""A model of ours for whoever has diffusers: a `DiffusionPipeline` around it.
+
+    pipe = ScorePipeline(ScoreModel.from_pretrained("circles"))
+    pipe("a small red circle", generator=torch.Generator().manual_seed(3)).images[0]
+    pipe.save_pretrained("pipe")  # ScorePipeline.from_pretrained("pipe") is diffusers' loader
+
+It wants `pip install diffusers`; nothing of ours imports this module.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.generator import Generator
+
+try:
+    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+    from PIL import Image
+except ImportError as error:
+    raise UserError(
+        'A diffusers pipeline wants diffusers: pip install "conditional-score-pipeline[latents]".'
+    ) from error
+
+__all__ = ["ScoreModel", "ScorePipeline"]
+
+
+class ScoreModel(ModelMixin):
+    """An exported model as a part of a diffusers pipeline, which keeps it as `export` does.
+
+    Arguments:
+        generator: What draws, of pictures.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        if not generator.codec.pictures:
+            raise UserError(f"A model of {generator.codec.plural} is no pipeline of pictures.")
+        self.generator, self.denoiser = generator, generator.denoiser
+
+    @classmethod
+    def from_pretrained(cls, name: Any, **_: Any) -> "ScoreModel":  # type: ignore[override]
+        """The model in a folder, or of a name on the hub; diffusers' own options do nothing."""
+        return cls(Generator.from_pretrained(name))
+
+    def save_pretrained(self, folder: Any, **_: Any) -> None:  # type: ignore[override]
+        self.generator.save_pretrained(folder)
+
+
+class ScorePipeline(DiffusionPipeline):
+    """Draws what `Generator` draws, to the last bit, by the names of diffusers.
+
+    Arguments:
+        model: The model.
+    """
+
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__()
+        self.register_modules(model=model)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Pictures of each prompt in turn.
+
+        Arguments:
+            prompt: A prompt, or several.
+            num_inference_steps: The steps of the sampler; its own by default.
+            guidance_scale: The scale of the guidance, likewise.
+            num_images_per_prompt: How many of each.
+            generator: Its `initial_seed` is the seed of the first picture of each prompt, as
+                `generate --seed` is; those that follow have the next ones.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) likewise.
+
+        Raises:
+            UserError: An argument is out of its range, or the model is not guided by a scale.
+        """
+        own: Generator = copy.copy(self.model.generator)
+        if output_type not in ("pil", "np", "pt") or num_images_per_prompt < 1:
+            raise UserError(
+                f"output_type is {output_type!r} and num_images_per_prompt "
+                f"{num_images_per_prompt}; expected pil, np or pt, and at least 1."
+            )
+        if num_inference_steps is not None:
+            own.sampler = copy.copy(own.sampler)
+            own.sampler.steps = num_inference_steps
+        if guidance_scale is not None:
+            if not hasattr(own.guidance, "scale"):
+                raise UserError(
+                    f"guidance_scale is {guidance_scale}, and the model has no guidance."
+                )
+            own.guidance = copy.copy(own.guidance)
+            own.guidance.scale = guidance_scale
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        first = 0 if generator is None else generator.initial_seed()
+        n = num_images_per_prompt
+        values = [one for one in prompts for _ in range(n)]
+        seeds = [first + k for _ in prompts for k in range(n)]
+        with self.progress_bar(total=own.rounds(len(values)) * own.sampler.steps) as bar:
+            rows = torch.cat(list(own(values, seeds, progress=lambda state: bar.update())))
+        images: Any = rows.float() / 255
+        if output_type == "np":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+        elif output_type == "pil":
+            arrays = rows.permute(0, 2, 3, 1).cpu().numpy()
+            images = [Image.fromarray(a if a.shape[2] > 1 else a[..., 0]) for a in arrays]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
