@@ -17,8 +17,8 @@ from pipeline.errors import UserError
 from pipeline.generator import Generator
 
 try:
-    from diffusers import DiffusionPipeline, ModelMixin
-    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
     from PIL import Image
 except ImportError as error:
     raise UserError(
@@ -100,14 +100,15 @@ class ScorePipeline(DiffusionPipeline):
                 raise UserError(
                     f"guidance_scale is {guidance_scale}, and the model has no guidance."
                 )
-            own.guidance = copy.copy(own.guidance)
-            own.guidance.scale = guidance_scale
+            guidance: Any = copy.copy(own.guidance)
+            guidance.scale, own.guidance = guidance_scale, guidance
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         first = 0 if generator is None else generator.initial_seed()
         n = num_images_per_prompt
         values = [one for one in prompts for _ in range(n)]
         seeds = [first + k for _ in prompts for k in range(n)]
-        with self.progress_bar(total=own.rounds(len(values)) * own.sampler.steps) as bar:
+        steps, bars = own.rounds(len(values)) * own.sampler.steps, self.progress_bar
+        with bars(total=steps) as bar:  # type: ignore[call-arg]
             rows = torch.cat(list(own(values, seeds, progress=lambda state: bar.update())))
         images: Any = rows.float() / 255
         if output_type == "np":
