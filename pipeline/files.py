@@ -16,7 +16,15 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-__all__ = ["cache_folder", "check_writable", "digest", "fresh", "model_folder", "new_folder"]
+__all__ = [
+    "cache_folder",
+    "check_writable",
+    "configuration",
+    "digest",
+    "fresh",
+    "model_folder",
+    "new_folder",
+]
 __all__ += ["packaged", "sha256", "whole"]
 
 
@@ -65,6 +73,16 @@ def refusal(error: BaseException | None) -> int | None:
             return int(said[1])
         error = error.__cause__ or error.__context__
     return None
+
+
+def configuration(path: Path) -> Path:
+    """A path in conf/: where it is here, else in the conf/ that came with the package, which lies
+    in it when it is installed and beside it in the repository.
+    """
+    if path.parts[:1] != ("conf",) or path.exists():
+        return path
+    places = (folder / path for folder in Path(__file__).parents[:2])
+    return next((place for place in places if place.exists()), path)
 
 
 def digest(*said: object) -> str:

@@ -16,11 +16,9 @@ import yaml
 from pipeline.building.annotations import near, shown, signature
 from pipeline.building.plan import At, Plan, Resolver, plain_path
 from pipeline.errors import UserError
+from pipeline.files import configuration
 
 __all__ = ["Config", "Text"]
-
-
-PACKAGED = Path(__file__).parents[1]  # where conf/ lies when the package is installed
 
 
 class Loader(yaml.SafeLoader):
@@ -139,8 +137,7 @@ class Config:
 
 def load(file: Path, named: str, inside: tuple[Path, ...] = ()) -> Any:
     """What a YAML file holds, with all that it includes."""
-    if file.parts[:1] == ("conf",) and not file.exists() and (PACKAGED / file).exists():
-        file = PACKAGED / file
+    file = configuration(file)
     if not file.is_file():
         names = [one.name for one in sorted(file.parent.glob("*.yaml"))]
         close = ", ".join(difflib.get_close_matches(file.name, names) or names[:8])

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.building.annotations import Kind, concrete, hints_of, near, shown, signature
 from pipeline.errors import UserError
+from pipeline.files import configuration
 
 __all__ = ["OURS", "At", "Plan", "Resolver", "build", "dump", "explain", "make", "plain_path"]
 
@@ -197,8 +198,7 @@ class Resolver:
         """What may stand at a place, to end a sentence: files in conf/, else members."""
         name = (*plain_path(at), "")[-2] if at else ""
         for folder in (Path("conf") / name, Path("conf") / name[:-1]):
-            files = [*folder.glob("*.yaml"), *(Path(__file__).parents[1] / folder).glob("*.yaml")]
-            if name and (files := sorted(files)):
+            if name and (files := sorted(configuration(folder).glob("*.yaml"))):
                 listed = ", ".join(f"{folder}/{file.name}" for file in files[:8])
                 return f"; choose a file such as {listed}, or name a class_path"
         known = sorted({public_path(one) for family in families for one in concrete(family)})
