@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from pipeline.building import replace
 from pipeline.errors import UserError
 from pipeline.generator import Generator
+from pipeline.guidance import ClassifierFree
 
 try:
     from diffusers.models.modeling_utils import ModelMixin
@@ -77,31 +79,25 @@ class ScorePipeline(DiffusionPipeline):
         Arguments:
             prompt: A prompt, or several.
             num_inference_steps: The steps of the sampler; its own by default.
-            guidance_scale: The scale of the guidance, likewise.
+            guidance_scale: The scale of its guidance, or of `ClassifierFree`.
             num_images_per_prompt: How many of each.
             generator: Its `initial_seed` is the seed of the first picture of each prompt, as
                 `generate --seed` is; those that follow have the next ones.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) likewise.
 
         Raises:
-            UserError: An argument is out of its range, or the model is not guided by a scale.
+            ValueError: An argument is out of its range.
         """
-        own: Generator = copy.copy(self.model.generator)
+        own: Any = copy.copy(self.model.generator)
         if output_type not in ("pil", "np", "pt") or num_images_per_prompt < 1:
-            raise UserError(
+            raise ValueError(
                 f"output_type is {output_type!r} and num_images_per_prompt "
                 f"{num_images_per_prompt}; expected pil, np or pt, and at least 1."
             )
         if num_inference_steps is not None:
-            own.sampler = copy.copy(own.sampler)
-            own.sampler.steps = num_inference_steps
+            own.sampler = replace(own.sampler, steps=num_inference_steps)
         if guidance_scale is not None:
-            if not hasattr(own.guidance, "scale"):
-                raise UserError(
-                    f"guidance_scale is {guidance_scale}, and the model has no guidance."
-                )
-            guidance: Any = copy.copy(own.guidance)
-            guidance.scale, own.guidance = guidance_scale, guidance
+            own.guidance = replace(own.guidance or ClassifierFree(), scale=guidance_scale)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         first = 0 if generator is None else generator.initial_seed()
         n = num_images_per_prompt

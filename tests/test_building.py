@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.building import Config, Part, brief, build, describe, dump, explain, make
+from pipeline.building import Config, Part, brief, build, describe, dump, explain, make, replace
 from pipeline.codec import Standardised
 from pipeline.conditioning import Classes, Number, Several
 from pipeline.data import DataModule, Points
@@ -366,3 +366,26 @@ def test_a_file_may_stand_for_a_denoiser(tmp_path: Path) -> None:
     assert describe(guidance)["init_args"]["denoiser"] == "w.ckpt"
     with pytest.raises(UserError, match="denoiser is 'w.ckpt'; expected Denoiser"):
         config.resolve("guidance", Guidance)
+
+
+def test_a_part_is_made_anew_with_other_arguments() -> None:
+    first = DDIM(7, rho=3.0)
+    other = replace(first, steps=9)
+    assert (other.steps, first.steps) == (9, 7)
+    assert describe(other)["init_args"] == describe(first)["init_args"] | {"steps": 9}
+    assert replace(ClassifierFree(2.0, [0.5, 2.0]), scale=3).interval == (0.5, 2.0)
+    with pytest.raises(ValueError, match="steps = 0"):
+        replace(first, steps=0)
+    with pytest.raises(TypeError, match="etta"):
+        replace(first, etta=1.0)
+
+
+def test_conf_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the folder first, else the one that came with the package."""
+    monkeypatch.chdir(tmp_path)
+    assert Config(["conf/sampler/ddim.yaml"]).get("init_args.steps")
+    (tmp_path / "conf/sampler").mkdir(parents=True)
+    (tmp_path / "conf/sampler/ddim.yaml").write_text("class_path: a.B\ninit_args: {steps: 5}")
+    assert Config(["conf/sampler/ddim.yaml"]).get("init_args.steps") == 5
+    with pytest.raises(UserError, match="conf/sampler/heunn.yaml: there is no such file"):
+        Config(["conf/sampler/heunn.yaml"])

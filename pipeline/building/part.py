@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-__all__ = ["Part", "brief", "describe"]
+__all__ = ["Part", "brief", "describe", "replace"]
 
 
 class Part:
@@ -61,6 +61,15 @@ def describe(value: Any) -> Any:
         f"{value!r} cannot be described in a checkpoint: it is no pipeline.building.Part. Derive "
         "its class from that of its family, such as pipeline.networks.Network."
     )
+
+
+def replace(value: Any, **arguments: Any) -> Any:
+    """A part made anew with other arguments, which its constructor checks.
+
+    An attribute that is set on a part is in no description of it.
+    """
+    cls, args, kwargs = value._given
+    return cls(**inspect.signature(cls).bind(*args, **kwargs).arguments | arguments)
 
 
 def brief(value: Any) -> Any:

@@ -32,8 +32,6 @@ with is what the run, or the options here, say. `generate` draws the same pictur
 settings, --micro-batch among them."""
 EPILOG = "example: python -m pipeline demo --most 4 --micro-batch 4"
 
-PLACES = [folder / "conf/sampler" for folder in Path(__file__).parents[1:3]]  # in a wheel; here
-FOLDER = next((place for place in PLACES if place.is_dir()), PLACES[0])
 SAMPLERS = "adaptive ddim ddpm dpm_solver dpm_solver_sde heun heun_churn unipc".split()
 OWN = "as started"  # the sampler of the run, or of --sampler
 LONGEST, GREATEST, SEEDS = 1000, 20, 2**32  # characters of a prompt; scale; number of seeds
@@ -115,10 +113,9 @@ class Painter:
         self.guidance: Any = own.guidance or ClassifierFree()
         self.negates = isinstance(self.guidance, ClassifierFree)
         for name in SAMPLERS:
-            if (file := FOLDER / f"{name}.yaml").is_file():
-                config = Config()
-                config.set("sampler", Text(file))
-                self.samplers[name] = make(config.resolve("sampler", Sampler))
+            config = Config()
+            config.set("sampler", Text(f"conf/sampler/{name}.yaml"))
+            self.samplers[name] = make(config.resolve("sampler", Sampler))
         # of each number its name, its limits, its step, and what it begins with
         self.numbers = (
             ("steps", 1, args.most_steps, 1, own.sampler.steps),
@@ -171,16 +168,14 @@ class Painter:
         self, negative: str, sampler: str, steps: int, scale: float
     ) -> tuple[Any, dict[str, Any]]:
         """What draws so, and the settings in words."""
-        from pipeline.building import brief
+        from pipeline.building import brief, replace
 
         own: Any = copy.copy(self.generator)
-        own.sampler, own.guidance = copy.copy(self.samplers[sampler]), copy.copy(self.guidance)
-        own.sampler.steps, own.guidance.scale = steps, scale
-        changed: dict[str, Any] = {"scale": scale}
-        if self.negates:
-            own.guidance.negative = changed["negative"] = negative or None
-        about = {"sampler": brief(own.sampler) | {"steps": steps}}
-        return own, self.settings | about | {"guidance": brief(own.guidance) | changed}
+        own.sampler = replace(self.samplers[sampler], steps=steps)
+        also = {"negative": negative or None} if self.negates else {}
+        own.guidance = replace(self.guidance, scale=scale, **also)
+        about = {"sampler": brief(own.sampler), "guidance": brief(own.guidance)}
+        return own, self.settings | about
 
     def draw(
         self, prompt: str, seed: int, number: int, own: Any, settings: dict[str, Any]
