@@ -113,16 +113,16 @@ class Generator:
         """
         return cls.from_checkpoint(exported.find(name), device, trust)
 
-    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
-        """Export the model, as it draws now, into a folder that holds none; `card` is the text of
-        its model card.
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Export the model into a folder that holds none, with its parts as they were made: set
+        another sampler or guidance, and not an attribute of it.
 
         Raises:
             UserError: The folder holds a model, or a part cannot be described.
         """
         parts = self.denoiser, self.codec, self.conditioning, self.sampler, self.guidance
         said = about(*parts, prompts=self.prompts)
-        exported.save(folder, said, self.denoiser.state_dict(), card or exported.model_card(said))
+        exported.save(folder, said, self.denoiser.state_dict())
 
     def push_to_hub(self, repo_id: str, private: bool = True, token: str | None = None) -> str:
         """Upload the model to the Hugging Face hub as OWNER/NAME; returns its address there.

@@ -15,15 +15,20 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, contents, fit
+from tiny import CALLBACKS, ROOT, contents, fit
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.generator import Generator
 from pipeline.guidance import Autoguidance
+from pipeline.samplers import Heun
 
 FILES = {"README.md", "config.json", "model.safetensors"}
+
+
+class Own(Heun):
+    """A sampler of one's own."""
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +147,24 @@ def test_another_model_as_guidance_is_not_exported(run: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="guided by another one"):
         generator.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_is_not_exported_at_the_end_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model with a class of one's own is exported, one that is guided by another is not; the
+    run ends well.
+    """
+    export = [*CALLBACKS, {"class_path": "pipeline.callbacks.Export"}]
+    sampler = "{class_path: test_exported.Own, steps: 2}"
+    own = fit(tmp_path / "own", "--model.sampler", sampler, callbacks=export)
+    config = json.loads((own / "model/config.json").read_text())
+    assert config["sampler"]["class_path"] == "test_exported.Own"
+    guided = ["--model.guidance", str(ROOT / "conf/guidance/autoguidance.yaml")]
+    guided += ["--model.guidance.denoiser", str(run)]
+    fit(tmp_path / "guided", *guided, callbacks=export)
+    assert "warning: The model was not exported" in capsys.readouterr().out
+    assert not (tmp_path / "guided/model").exists()
 
 
 def test_a_prompt_alone_is_told_in_a_sentence(folder: Path) -> None:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     """Write the model, draw a sheet with what was written, and say where it is."""
     from pipeline import exported
-    from pipeline.checkpoint import Checkpoint, locate
+    from pipeline.checkpoint import Checkpoint, averages, locate
     from pipeline.distributed import join
     from pipeline.files import whole
     from pipeline.generator import Generator
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     checkpoint = Checkpoint(locate(args.checkpoint), args.trust)
     figures = read_result(args.evaluation) if args.evaluation else ""
     content, data = checkpoint.content, checkpoint.about["data"]
-    average = args.ema or next(iter(content.get("averages") or ()), "trained")
+    average = args.ema or next(iter(averages(content)), "trained")
     facts = {"weights": f"{average!r}, after {content.get('global_step', 'unknown')} steps"}
     name = "unknown" if data is None else data["class_path"].rpartition(".")[2]
     facts["data and their licence"] = args.data or f"{name}; the licence was not stated"

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.exported.card import model_card
 from pipeline.files import model_folder, new_folder, sha256, whole
 
 __all__ = ["CARD", "CONFIG", "SHEET", "find", "push", "read", "save"]
@@ -26,14 +27,14 @@ FILES = CONFIG, WEIGHTS, CARD, SHEET
 
 
 def save(
-    folder: str | Path, about: Mapping[str, Any], weights: Mapping[str, Tensor], card: str
+    folder: str | Path, about: Mapping[str, Any], weights: Mapping[str, Tensor], card: str = ""
 ) -> None:
     """Write a model into a folder that holds none.
 
     Arguments:
         about: What the model says of itself; its data are left out.
         weights: The weights of the denoiser, by name.
-        card: The text of the model card.
+        card: The text of the model card; one that knows no more than `about` by default.
 
     Raises:
         UserError: The folder holds a model, or cannot be written to; the model is guided by
@@ -51,7 +52,10 @@ def save(
             own = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
             part.write_bytes(safetensors.save(own))
         said = {"format": FORMAT, **about, "data": None, "weights": sha256(out / WEIGHTS)}
-        for file, text in ((CARD, card), (CONFIG, json.dumps(said, indent=2) + "\n")):
+        for file, text in (
+            (CARD, card or model_card(about)),
+            (CONFIG, json.dumps(said, indent=2) + "\n"),
+        ):
             with whole(out / file) as part:
                 part.write_text(text, encoding="utf-8")
 
