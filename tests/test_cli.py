@@ -12,7 +12,7 @@ import torch
 import yaml
 from encoders import tiny_encoder
 from PIL import Image
-from tiny import ROOT, fit, launch, read
+from tiny import ROOT, fit, launch, read, sentence
 
 from pipeline.cli import DOORS, main
 from pipeline.samplers import DDIM, Heun
@@ -167,15 +167,6 @@ def test_evaluate_prints_accuracy_beside_chance(
     assert told["frechet"] > told["floor"]["frechet"] > 0  # hardly trained
     assert "prompts shuffled" in capsys.readouterr().out
     assert result.with_suffix(".png").exists()
-
-
-def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that bad input ends in."""
-    capsys.readouterr()
-    assert main(args) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and "Traceback" not in said
-    return said
 
 
 def test_bad_input_ends_in_one_sentence(

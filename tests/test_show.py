@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CALLBACKS, ROOT, fit
+from tiny import CALLBACKS, ROOT, fit, sentence
 from torch import Tensor
 
 from pipeline import figures
@@ -82,6 +83,21 @@ def test_curves_are_the_numbers_of_the_csv(run: Path, tmp_path: Path, drawn: dic
         ["train/lr"],
     ]
     assert told["panels"] == panels
+
+
+def test_an_objective_of_ones_own_has_bands_without_ratios(
+    run: Path, tmp_path: Path, drawn: dict
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run / "csv", folder / "csv")
+    config = (run / "config.yaml").read_text()
+    own = config.replace("pipeline.objectives.denoising.DSM", "mine.DSM")
+    own = own.replace("pipeline.objectives.DSM", "mine.DSM")
+    assert own != config
+    (folder / "config.yaml").write_text(own)
+    show("curves", tmp_path / "a.png", str(folder))
+    names = [f"val/band_{k}" for k in range(4)]
+    assert drawn["curves"][1]["val/loss by noise"] == dict(zip(names, names, strict=True))
 
 
 def test_bands_are_quarters_of_the_law_of_the_levels(
@@ -198,15 +214,6 @@ def test_without_a_condition(
         assert said in sentence(["show", kind, "--checkpoint", str(file)], capsys)
     given = ["show", "denoising", "--checkpoint", str(pixels), "red"]
     assert "takes no prompt, such as 'red'" in sentence(given, capsys)
-
-
-def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that bad input ends in."""
-    capsys.readouterr()
-    assert main(args) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and "Traceback" not in said
-    return said
 
 
 def test_bad_input_ends_in_one_sentence(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -103,3 +104,12 @@ def equal(a: Any, b: Any) -> bool:
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that bad input ends in."""
+    capsys.readouterr()
+    assert main(args) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "Traceback" not in said
+    return said

@@ -79,7 +79,7 @@ def show_curves(args: argparse.Namespace, options: list[str]) -> Made:
         raise UserError(f"{run}/csv/metrics.csv has no train/loss yet; let the run go on.")
     panels = {
         "loss": {"train/loss": "train/loss", "val/loss": "val/loss"},
-        "val/loss by noise": bands(run) if "val/band_0" in metrics else {},
+        "val/loss by noise": bands(run, sorted(k for k in metrics if k.startswith("val/band_"))),
         "learning rate": {"train/lr": "train/lr"},
     }
     for title, names in panels.items():
@@ -88,8 +88,10 @@ def show_curves(args: argparse.Namespace, options: list[str]) -> Made:
     return curves(metrics, panels), {"run": str(run), "panels": panels}
 
 
-def bands(run: Path) -> dict[str, str]:
-    """The noise ratios of each band of a run's objective, from low to high, by its metric."""
+def bands(run: Path, metrics: list[str]) -> dict[str, str]:
+    """The noise ratios of each band of a run's objective, from low to high, by its metric; of an
+    objective that is not of ours their names alone.
+    """
     import torch
 
     from pipeline.building import OURS, Config, make
@@ -97,11 +99,16 @@ def bands(run: Path) -> dict[str, str]:
     from pipeline.objectives import DSM
     from pipeline.schedules import Schedule
 
-    config = Config([newest_config(run)])
-    objective = make(config.resolve("model.objective", DSM, trust=(OURS,)))
-    schedule = make(config.resolve("model.denoiser.schedule", Schedule, trust=(OURS,)))
+    if not metrics:
+        return {}
+    try:
+        config = Config([newest_config(run)])
+        objective = make(config.resolve("model.objective", DSM, trust=(OURS,)))
+        schedule = make(config.resolve("model.denoiser.schedule", Schedule, trust=(OURS,)))
+    except UserError:
+        return {name: name for name in metrics}
     t = torch.linspace(0, 1, 8193, dtype=torch.float64)
-    band, ratio = objective._band(schedule, t), schedule.ratio(t)
+    band, ratio = objective.band(schedule, t), schedule.ratio(t)
     within = {name: ratio[band == k] for k, name in enumerate(objective.bands)}
     return {f"val/{k}": f"σ/α {r[0]:.2g} to {r[-1]:.2g}" for k, r in within.items() if len(r)}
 

@@ -147,7 +147,7 @@ class DSM(Objective):
     ) -> tuple[Tensor, Tensor]:
         q = noise.spread(len(x)).to(x.device, x.dtype)
         t = self.levels.times(denoiser.schedule, q)
-        return self._loss(denoiser, x, u, t, noise), self._band(denoiser.schedule, t)
+        return self._loss(denoiser, x, u, t, noise), self.band(denoiser.schedule, t)
 
     def _loss(self, denoiser: Preconditioned, x: Tensor, u: U, t: Tensor, noise: Noise) -> Tensor:
         alpha_t, sigma_t = (expand_as_batch(s, x) for s in denoiser.schedule(t))
@@ -158,7 +158,7 @@ class DSM(Objective):
             return denoiser.weight(t) * loss
         return self.weight(denoiser.schedule.ratio(t)) * loss
 
-    def _band(self, schedule: Schedule, t: Tensor) -> Tensor:
+    def band(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The band of each time, cut at quantiles of the level, whatever a mixture's order."""
         ends = 1024, len(self.bands)
         q, cuts = (torch.linspace(0, 1, n + 1, dtype=t.dtype, device=t.device) for n in ends)
