@@ -65,7 +65,7 @@ def compiled(step: Step) -> Step:
 
     def call(parts: Parts, noise: Noise) -> Parts:
         nonlocal program
-        if not asked:
+        if not outside:
             listened = Listened(noise)
             found = step(parts, listened)
             asked.extend(listened.asked)

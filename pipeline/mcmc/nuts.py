@@ -77,7 +77,7 @@ class NUTS(Kernel):
         compile: bool = False,
     ) -> tuple[State, Tensor, Info]:
         forest = Forest(state, self.step_size, self.max_depth, draws, noise)
-        grow = forest.compiled(target) if compile else partial(forest.grow, target)
+        grow = forest.grower(target, compile)
         leaves, done = 0, 0
         while done < draws:
             for _ in range(BETWEEN_LOOKS):
@@ -158,8 +158,10 @@ class Forest:
         x, score, log_prob, _ = self.sample.split(self.columns, dim=1)
         return State(x.reshape(self.shape), log_prob[:, 0], score.reshape(self.shape))
 
-    def compiled(self, target: Target) -> Callable[[Noise], None]:
-        """`grow`, compiled."""
+    def grower(self, target: Target, compile: bool) -> Callable[[Noise], None]:
+        """`grow` on one target; `compiled`, if it is to be."""
+        if not compile:
+            return partial(self.grow, target)
         own, fixed = vars(self), {"rows", "kinds", "slots"}
         written = ["kept", "x", "acceptance", "diverged"]  # in place
         moved = [n for n, part in own.items() if isinstance(part, Tensor)]
@@ -175,7 +177,7 @@ class Forest:
         def grow(noise: Noise) -> None:
             parts = [own[name] for name in moved + written]
             own.update(zip(moved, program(parts, noise), strict=True))
-            own.update(zip(written, parts[-4:], strict=True))
+            own.update(zip(written, parts[len(moved) :], strict=True))
 
         return grow
 

@@ -59,9 +59,8 @@ def run(
     compile: bool = False,
 ) -> Draws:
     """Run chains from x, with shape (chains, *), and keep what they visit in `draws` steps, at
-    least 1, after the warm-up. `progress` is called after each step.
-    With `compile` the draws (not the warm-up) are one compiled program: see
-    `pipeline.mcmc.compiled`.
+    least 1, after the warm-up. `progress` is called after each step. With `compile` the step of
+    the draws, not of the warm-up, is `compiled`.
 
     Where the kernel accepts or rejects, the warm-up finds its step size and the unit of each
     coordinate, both frozen for the draws; else it only lets the chains forget where they started.
@@ -202,9 +201,8 @@ def sample(
         warmup: The steps before them, in which step size and units are found.
         spread: The standard deviation of the points around 0 at which the chains start.
         seed: What decides the draws.
-        compile: Whether their step is compiled first, in some seconds: HMC and NUTS then take a
-            third or less of their time where the density is quick, and a tenth where torch
-            differentiates it.
+        compile: Whether their step is compiled first, in some seconds: of a quick density HMC and
+            NUTS then take a third of their time or less.
 
     Raises:
         UserError: A number is too small, or dim is not that of the target; see also `run`.
