@@ -1,4 +1,4 @@
-"""The doors: `python -m pipeline fit / generate / demo / sample / evaluate / reference / show`.
+"""The doors: `python -m pipeline fit`, `generate` and the rest.
 
 Importing torch takes seconds, so a door imports what it needs as it runs: help comes at once.
 """
