@@ -1,5 +1,6 @@
 """Networks: their layers against written formulas, and what they do with a condition."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.condition import Condition, U
-from pipeline.networks import MLP, DiT, Network, UNet
+from pipeline.networks import MLP, Diffusers, DiT, Network, UNet
 from pipeline.networks import dit as transformer
 from pipeline.networks.layers import (
     CrossAttention,
@@ -31,6 +32,22 @@ WAYS = {
     "all": {"concat": 3, "modulate": True, "attend": (1,), "attention": (1,)},
 }
 E = 6
+BORROWED: dict[str, dict] = {
+    "UNet2DConditionModel": {
+        "block_out_channels": [16, 32],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    },
+    "PixArtTransformer2DModel": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "sample_size": 8,
+    },
+}
 CLOSE = 1e-10  # float64, after some thousand roundings
 
 
@@ -60,6 +77,11 @@ def dit(**settings: object) -> nn.Module:
 def mlp(**settings: object) -> nn.Module:
     given: dict = {"x_dim": 3, "u_dim": E, "width": 16, "depth": 2} | settings
     return awake(MLP(**given))
+
+
+def borrowed(model: str, u_dim: int = E, **settings: object) -> tuple[nn.Module, Tensor]:
+    given: dict = {"channels": 1, "u_dim": u_dim, "config": BORROWED[model]} | settings
+    return awake(Diffusers(model, **given)), normal(4, 1, 8, 8)
 
 
 def tokens(n: int, length: int = 3) -> Tensor:
@@ -93,6 +115,10 @@ TAKERS = [pytest.param(partial(pictures, way), id=way) for way in WAYS]
 TAKERS.append(pytest.param(patches, id="DiT"))
 TAKERS.append(pytest.param(vectors, id="MLP"))
 TAKERS += [pytest.param(partial(signals, way), id=f"1-D {way}") for way in (*WAYS, "DiT")]
+if importlib.util.find_spec("diffusers"):
+    TAKERS += [
+        pytest.param(partial(borrowed, model), id=f"diffusers {model}") for model in BORROWED
+    ]
 LEVEL = torch.tensor([-5.0, -1.0, 0.5, 4.0], dtype=torch.float64)
 
 
@@ -324,6 +350,33 @@ def test_unconditional_networks() -> None:
         assert torch.equal(y, network(x, LEVEL, None))
         y.sum().backward()
         assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("model", BORROWED)
+def test_a_network_of_diffusers(model: str) -> None:
+    """It is what diffusers computes at the time of the level, the planes of u beside x."""
+    pytest.importorskip("diffusers")
+    network, x = borrowed(model, planes=2)
+    u = Condition(tokens(4), normal(4, 2, 8, 8, key="planes"))
+    ratio = LEVEL.exp()
+    told = {"timestep": 1000 * ratio / (1 + ratio), "encoder_hidden_states": u.tokens}
+    expected = network.net(torch.cat((x, u.planes), dim=1), **told).sample
+    # diffusers turns the time into waves in float32, an angle of 1,000 at most
+    assert torch.allclose(network(x, LEVEL, u), expected, rtol=1e-3, atol=1e-4)
+    without, x = borrowed(model, u_dim=0)
+    without(x, LEVEL).sum().backward()
+    assert all(p.grad is not None for p in without.parameters())
+    fresh = Diffusers(model, 1, E, config=BORROWED[model])
+    assert fresh(x.float(), LEVEL.float(), condition(4).to(torch.float32)).eq(0).all()
+    with pytest.raises(ValueError, match="7×8 does not divide by 2"):
+        without(x[:, :, :7], LEVEL)
+    for wrong, said in (
+        ({"width": 3}, f"{model} of diffusers does not take its config: .*'width'"),
+        ({"in_channels": 4, "out_channels": 8}, "in_channels, out_channels of .* follow from the"),
+        ({"attention_head_dim": "a"}, "does not take its config"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Diffusers(model, 1, E, config=BORROWED[model] | wrong)
 
 
 def test_mlp_formula() -> None:
