@@ -359,6 +359,31 @@ def test_fifty_requests_wait_for_each_other(server: Server) -> None:
     assert answers == [alone[k % 4] for k in range(50)]
 
 
+def test_the_queue_is_of_a_length(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes when it is full is told so, and those that wait are drawn."""
+    client = pytest.importorskip("fastapi.testclient")
+    painter, begun, go = painter_of(run), threading.Event(), threading.Event()
+
+    def draw(*how: object) -> Iterator[tuple[list[Any], str]]:
+        begun.set()
+        assert go.wait(60)
+        yield [], ""
+
+    monkeypatch.setattr(demo, "WAITING", 2)
+    monkeypatch.setattr(painter, "draw", draw)
+    told = []
+    with client.TestClient(demo.page(painter)) as speaking:
+        for _ in range(4):
+            told.append(speaking.post("/gradio_api/call/draw", json={"data": GOOD}))
+            assert begun.wait(60)  # the first is on its way when the others come
+        assert [one.status_code for one in told] == [200, 200, 200, 503]
+        assert "full" in told[3].text
+        go.set()
+        for one in told[:3]:
+            path = f"/gradio_api/call/draw/{one.json()['event_id']}"
+            assert "event: complete" in speaking.get(path).text
+
+
 def test_a_port_that_is_taken_is_said(
     server: Server, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

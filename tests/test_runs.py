@@ -46,6 +46,7 @@ def test_a_folder_that_holds_a_run_is_not_taken(
     before = contents(taken)
     if how:  # nothing is written at all
         assert launch(taken, *how) == 0
+        assert capsys.readouterr().err.endswith("No checkpoint is kept.\n")
     else:
         said = sentence(command(taken), capsys)
         assert "holds a run already" in said and f"--resume {taken}" in said

@@ -35,6 +35,7 @@ EPILOG = "example: python -m pipeline demo --most 4 --micro-batch 4"
 SAMPLERS = "adaptive ddim ddpm dpm_solver dpm_solver_sde heun heun_churn unipc".split()
 OWN = "as started"  # the sampler of the run, or of --sampler
 LONGEST, GREATEST, SEEDS = 1000, 20, 2**32  # characters of a prompt; scale; number of seeds
+WAITING = 200  # requests in the queue; who comes when it is full is told so
 LOOKS = 8  # at pictures as they form
 # what the page needs of Gradio, which would also take files, fetch addresses and skip the queue
 OPEN = re.compile(
@@ -255,7 +256,7 @@ def page(painter: Painter) -> Any:
         most = painter.numbers[0][2]
         known = json.dumps({name: min(one.steps, most) for name, one in painter.samplers.items()})
         sampler.input(None, sampler, numbers[0], js=f"(name) => ({known})[name]")
-    blocks.queue(default_concurrency_limit=1)
+    blocks.queue(default_concurrency_limit=1, max_size=WAITING)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
     how = {"theme": gradio.themes.Default(**fonts), "css": "img {image-rendering: pixelated}"}
     how |= {"footer_links": [], "run_history": False, "mcp_server": False, "ssr_mode": False}

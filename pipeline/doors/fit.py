@@ -106,7 +106,9 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         told = said(error)
         raise told from (None if told is error else error)
     trainer.print(f"Trained {trainer.global_step} steps.", file=sys.stderr)
-    trainer.print(f"Draw with:   python -m pipeline generate --checkpoint {made}", file=sys.stderr)
+    kept = any(experiment.run.glob("*.ckpt")) and not trainer.fast_dev_run  # type: ignore
+    draw = f"Draw with:   python -m pipeline generate --checkpoint {made}"
+    trainer.print(draw if kept else "No checkpoint is kept.", file=sys.stderr)
     return 0
 
 
