@@ -1,8 +1,10 @@
-# Every target sets up .venv first, where pyproject.toml or the pinned versions changed. `make` alone lists the targets.
+# Every target sets up .venv, or VENV, first, where pyproject.toml or the pinned versions changed. `make` alone lists the targets.
 
 CONF ?= conf/experiment/shapes.yaml
-PY := .venv/bin/python
-SETUP := .venv/.setup-done
+VENV ?= .venv
+PY := $(VENV)/bin/python
+SETUP := $(VENV)/.setup-done
+export VENV
 
 # The prompt is taken as typed and travels through the environment: neither make nor the shell reads its $, ` or ".
 override PROMPT := $(value PROMPT)
@@ -10,15 +12,16 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train generate evaluate lecture test test-full test-slurm lint format bench docker docker-train clean
+.PHONY: help setup train generate demo evaluate lecture test test-full test-slurm lint format bench docker docker-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  CONF=$(CONF)  PROMPT="a small red circle"  CHECKPOINT=file'
 	@echo '  ARGS="more arguments"  TORCH=cpu (at set-up: torch without CUDA)  PYTHON=python3.12 (at set-up)'
+	@echo '  VENV=folder in place of .venv  LOWEST=1 (at set-up: the oldest versions allowed)'
 
-setup: $(SETUP) ## Make .venv with the tested versions
+setup: $(SETUP) ## Make .venv (or VENV) with the tested versions
 
 $(SETUP): pyproject.toml constraints.txt requirements-no-deps.txt docker/setup.sh
 	@sh docker/setup.sh
@@ -29,6 +32,9 @@ train: $(SETUP) ## Train the experiment CONF; Ctrl-C saves a checkpoint
 
 generate: $(SETUP) ## Draw PROMPT (or a few default prompts) with the newest checkpoint, or CHECKPOINT
 	@exec $(PY) -m pipeline generate $${PROMPT:+"$$PROMPT"} $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
+
+demo: $(SETUP) ## Open a page that draws with the newest checkpoint, or CHECKPOINT
+	@exec $(PY) -m pipeline demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
 evaluate: $(SETUP) ## Measure the newest checkpoint, or CHECKPOINT
 	@exec $(PY) -m pipeline evaluate $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
@@ -68,5 +74,5 @@ docker-train: ## Train CONF in that image, on all GPUs, into runs/ (DATA=folder:
 	    conditional-score-pipeline fit -c $(CONF) $(ARGS)
 
 clean: ## Remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache dist
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache dist
 	find pipeline tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

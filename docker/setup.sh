@@ -4,12 +4,16 @@
 #
 #   PYTHON=python3.12   the interpreter to use
 #   TORCH=cpu           torch for this backend (cpu, cu126, auto, ...) from PyTorch's own index; needs uv
-#   EXTRAS=test,dev,lecture,openmoji,latents     what to install beside the package
+#   EXTRAS=test,dev,lecture,openmoji,latents,demo     what to install beside the package
+#   VENV=.venv          where to
+#   LOWEST=1            the oldest versions that pyproject.toml allows in place of the tested ones; needs uv
 set -eu
 cd "$(dirname "$0")/.."
-EXTRAS=${EXTRAS-test,dev,lecture,openmoji,latents}
+EXTRAS=${EXTRAS-test,dev,lecture,openmoji,latents,demo}
 TORCH=${TORCH-}
-venv=.venv/bin/python
+VENV=${VENV:-.venv}
+LOWEST=${LOWEST-}
+venv=$VENV/bin/python
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
@@ -26,9 +30,9 @@ find_python() {
 
 make_venv() {
     if command -v uv >/dev/null; then
-        uv venv --quiet --clear --seed --python "$python" .venv
-    elif ! "$python" -m venv --clear .venv; then
-        rm -rf .venv
+        uv venv --quiet --clear --seed --python "$python" "$VENV"
+    elif ! "$python" -m venv --clear "$VENV"; then
+        rm -rf "$VENV"
         fail "$python cannot make a virtual environment: install its venv module (Debian: python3-venv), or uv."
     fi
 }
@@ -36,7 +40,7 @@ make_venv() {
 find_uv() {
     uv=$(command -v uv) && return
     $venv -m pip install --quiet --retries 1 --only-binary :all: -c constraints.txt uv 2>/dev/null &&
-        uv=.venv/bin/uv && return
+        uv=$VENV/bin/uv && return
     uv=
 }
 
@@ -61,7 +65,7 @@ share_pip_settings() {
 install() {
     if [ -n "$uv" ]; then
         "$uv" pip install --python $venv ${TORCH:+--torch-backend "$TORCH"} "$@" && return
-        if [ -n "$TORCH" ]; then fail "uv could not install torch for TORCH=$TORCH (see above)."; fi
+        if [ -n "$TORCH$LOWEST" ]; then fail "uv could not install it (see above): TORCH=$TORCH LOWEST=$LOWEST."; fi
         echo "setup: uv did not manage; trying pip" >&2
     fi
     $venv -m pip install "$@"
@@ -71,10 +75,12 @@ if ! is_new_enough $venv; then
     find_python
     make_venv
 fi
-$venv -c 'import pip' 2>/dev/null || $venv -m ensurepip >/dev/null || fail "the Python in .venv has no pip: remove .venv."
+$venv -c 'import pip' 2>/dev/null || $venv -m ensurepip >/dev/null || fail "the Python in $VENV has no pip: remove $VENV."
 find_uv
-if [ -n "$TORCH" ] && [ -z "$uv" ]; then fail "TORCH=$TORCH needs uv, which pip could not install: install uv first."; fi
+if [ -n "$TORCH$LOWEST" ] && [ -z "$uv" ]; then
+    fail "TORCH and LOWEST need uv, which pip could not install: install uv first."
+fi
 share_pip_settings
-install -c constraints.txt -e ".${EXTRAS:+[$EXTRAS]}"
+install $(if [ -n "$LOWEST" ]; then echo --resolution lowest-direct; else echo -c constraints.txt; fi) -e ".${EXTRAS:+[$EXTRAS]}"
 install --no-deps -r requirements-no-deps.txt
 echo "setup: done ($($venv --version), torch $($venv -c 'import importlib.metadata as m; print(m.version("torch"))'))"

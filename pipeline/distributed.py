@@ -5,8 +5,8 @@ Two groups are told apart. All processes of `torch.distributed` draw and measure
 tensor parallelism they are fewer.
 
 A tensor may be in parts, one in each process (torch's DTensor), as weights are under
-`pipeline.engines.FSDP`: `assembled`, `collected` and `parted` go from one form to the other, and
-leave other tensors as they are.
+`pipeline.engines.FSDP`: `assembled`, `collected`, `local` and `parted` go from one form to the
+other, and leave other tensors as they are.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import Tensor, distributed
 from pipeline.errors import UserError
 
 __all__ = ["assembled", "barrier", "collected", "each", "first", "gather", "in_turn", "join"]
-__all__ += ["on_machine", "parted", "place", "share", "total"]
+__all__ += ["local", "on_machine", "parted", "place", "share", "total"]
 
 T = TypeVar("T")
 
@@ -143,8 +143,21 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def assembled(x: Tensor) -> Tensor:
-    """The whole of a tensor. Every process has to call it."""
+def local(x: Tensor) -> Tensor:
+    """What of a tensor is in this process."""
+    return getattr(x, "to_local", lambda: x)()
+
+
+def assembled(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole of a tensor, or, with another that is like the whole, of what is `local`. Every
+    process has to call it.
+    """
+    if hasattr(like, "to_local"):
+        from torch.distributed.tensor import DTensor
+
+        told: Any = like
+        how = {"shape": told.shape, "stride": told.stride()}
+        x = DTensor.from_local(x, told.device_mesh, told.placements, **how)
     return getattr(x, "full_tensor", lambda: x)()
 
 

@@ -20,6 +20,8 @@ from pipeline.networks import blocks
 
 __all__ = ["FSDP", "shard"]
 
+LEAST = 2, 8  # before that a part and a whole do not always go together
+
 
 class FSDP(ModelParallelStrategy):
     """Training with the weights in parts, one on each device (FSDP2).
@@ -29,9 +31,17 @@ class FSDP(ModelParallelStrategy):
 
     References:
         | Zhao et al., 2023; https://arxiv.org/abs/2304.11277
+
+    Raises:
+        UserError: torch is older than 2.8.
     """
 
     def __init__(self) -> None:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST:
+            raise UserError(
+                f"Weights in parts need torch {'.'.join(map(str, LEAST))} or later, and this is "
+                f"{torch.__version__}: leave trainer.strategy out, or install a later torch."
+            )
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     @property

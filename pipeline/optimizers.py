@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed import assembled, parted
+from pipeline.distributed import assembled, local, parted
 from pipeline.errors import UserError
 
 __all__ = ["MuonAdamW", "orthogonal"]
@@ -16,6 +16,7 @@ __all__ = ["MuonAdamW", "orthogonal"]
 LEAST = 32  # the channels on both sides from which on Muon takes a weight
 ROUNDS = 5
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic: steep at 0, between 0.6 and 1.3 near 1
+OLD = "allow_tf32", False  # how torch before 2.9 is told to leave TF32 out
 
 
 def orthogonal(m: Tensor) -> Tensor:
@@ -52,12 +53,14 @@ def polynomial(gram: Tensor) -> Tensor:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Products of float32 without TF32, whatever was set for the networks."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else OLD
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -142,8 +145,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum_buffer"] for p in params]
-        gradients, lr = [p.grad for p in params], group["lr"]
+        averages = [local(self.state[p]["momentum_buffer"]) for p in params]
+        gradients, lr = [local(p.grad) for p in params if p.grad is not None], group["lr"]
         # on a CPU a look at a number waits for nothing, and spares what would change nothing
         host = bool(params) and params[0].device.type == "cpu"
         if self.grad_scale is not None and not (host and self.grad_scale == 1):
@@ -158,12 +161,12 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])  # type: ignore
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # type: ignore
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for k, m in enumerate(ahead):
-            alike[len(m), m[0].numel()].append(k)
+        for k, p in enumerate(params):
+            alike[len(p), p.numel() // len(p)].append(k)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # type: ignore
+            torch._foreach_mul_([local(p) for p in params], 1 - lr * group["weight_decay"])  # type: ignore
         for shape, places in alike.items():
-            whole = [assembled(ahead[k]).reshape(shape) for k in places]
+            whole = [assembled(ahead[k], params[k]).reshape(shape) for k in places]
             for k, u in zip(places, orthogonal(torch.stack(whole)), strict=True):
                 u = u.reshape(params[k].shape) * (lr * 0.2 * max(shape) ** 0.5)
                 params[k].sub_(parted(u, params[k]))

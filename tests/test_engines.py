@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from tiny import CALLBACKS, ROOT, equal, fit, launch, read, two
 from torch import Tensor
 
+from pipeline import engines
 from pipeline.callbacks import Recompute
 from pipeline.condition import Condition
 from pipeline.denoisers import EDM, Energy
+from pipeline.errors import UserError
 from pipeline.module import ScoreModule
 from pipeline.networks import MLP, DiT, Network, UNet, blocks
 from pipeline.noise import Noise
@@ -23,6 +25,8 @@ from pipeline.samplers import Heun
 from pipeline.schedules import VP
 
 FSDP = str(ROOT / "conf/strategy/fsdp.yaml")
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < engines.LEAST
+pytestmark = pytest.mark.skipif(OLD, reason="weights in parts need a later torch")
 SPOIL = {"class_path": "test_devices.Spoil"}
 
 
@@ -71,6 +75,12 @@ def test_weights_in_parts_train_as_whole_ones(tmp_path: Path) -> None:
         assert equal(read(one)[name], read(both)[name]), name
     for name in ("sheets/step-000003.png", "sheets/step-000006.png", "best.ckpt"):
         assert (both / name).is_file()
+
+
+def test_an_older_torch_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    with pytest.raises(UserError, match=r"need torch 2\.8 or later, and this is 2\.7\.1"):
+        engines.FSDP()
 
 
 @pytest.mark.slow

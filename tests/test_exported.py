@@ -209,7 +209,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.asked.append(f"{self.path} {self.headers.get('authorization')}")
-        said: Any = {"url": "http://127.0.0.1/owner/name"}
+        said: Any = {"url": f"http://{self.headers['Host']}/owner/name"}
         if "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             said = {"files": [{"path": n, "uploadMode": "regular"} for n in names]}

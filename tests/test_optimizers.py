@@ -37,6 +37,8 @@ def test_it_is_muon_on_hidden_matrices_and_adamw_elsewhere() -> None:
     hidden = theirs[2].weight  # (96, 64); the first has a side of 12 and the last one of 3
     rest = [p for p in theirs.parameters() if p is not hidden]
     one = MuonAdamW(ours.parameters(), lr=0.01, weight_decay=0.1)
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch's own Muon came with 2.9")
     two = [
         torch.optim.Muon(
             [hidden], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
@@ -88,18 +90,21 @@ def test_a_gradient_of_low_rank_stays_bounded(rank: int) -> None:
 def test_the_setting_of_tf32_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul, seen, polynomial = torch.backends.cuda.matmul, [], optimizers.polynomial
 
+    new = hasattr(matmul, "fp32_precision")  # from torch 2.9 on
+    name, low, full = ("fp32_precision", "tf32", "ieee") if new else ("allow_tf32", True, False)
+
     def look(gram: torch.Tensor) -> torch.Tensor:
-        seen.append(matmul.fp32_precision)
+        seen.append(getattr(matmul, name))
         return polynomial(gram)
 
     monkeypatch.setattr(optimizers, "polynomial", look)
-    before = matmul.fp32_precision
+    before = getattr(matmul, name)
     try:
-        matmul.fp32_precision = "tf32"
+        setattr(matmul, name, low)
         orthogonal(torch.eye(32))
-        assert set(seen) == {"ieee"} and matmul.fp32_precision == "tf32"
+        assert set(seen) == {full} and getattr(matmul, name) == low
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)
 
 
 def test_small_singular_values_go_where_the_quintic_sends_them() -> None:

@@ -426,7 +426,7 @@ def in_place(x: Tensor) -> Tensor:
         (raises, "test_targets.raises failed at .*KeyError"),
         (in_place, "test_targets.in_place failed at .*RuntimeError: .*inplace"),
         (
-            lambda x: Gamma(2.0, 1.0).log_prob(x).sum(dim=1),
+            lambda x: Gamma(2.0, 1.0, validate_args=True).log_prob(x).sum(dim=1),
             r"failed at .* in chain 1 at \[-1, 0.5\] \(ValueError.*support.*torch.distributions",
         ),
     ],

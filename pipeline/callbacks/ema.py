@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.averaging import exponent, keep
 from pipeline.checkpoint import averages
-from pipeline.distributed import collected, parted
+from pipeline.distributed import collected, local, parted
 from pipeline.errors import UserError
 
 __all__ = ["EMA", "PowerEMA"]
@@ -82,10 +82,10 @@ class EMA(pl.Callback):
         self.step = k
         if not stepped or k % self.every:
             return
-        weights = [p.data for p in self.weights]
+        weights = [local(p.data) for p in self.weights]
         for name, average in self.averages.items():
             share = 1 - self.kept_share(name, k)
-            torch._foreach_lerp_(list(average.values()), weights, share)  # type: ignore
+            torch._foreach_lerp_([local(w) for w in average.values()], weights, share)  # type: ignore
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.average:
