@@ -76,6 +76,15 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"error: {error.filename or 'A file'}: {error.strerror}.", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if os.environ.get("PIPELINE_TRACEBACK") or (error.name or "pipeline")[:8] == "pipeline":
+            raise
+        print(
+            f"error: {sys.executable} has no module {error.name}: `make setup` makes an "
+            "environment that has it, which `. .venv/bin/activate` enters.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as stop:
         signum = stop.args[0] if stop.args else signal.SIGINT
         print(f"\nStopped by {signal.Signals(signum).name}.", file=sys.stderr)

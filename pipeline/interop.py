@@ -23,9 +23,7 @@ try:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
     from PIL import Image
 except ImportError as error:
-    raise UserError(
-        'A diffusers pipeline wants diffusers: pip install "conditional-score-pipeline[latents]".'
-    ) from error
+    raise UserError("A diffusers pipeline wants diffusers: pip install diffusers.") from error
 
 __all__ = ["ScoreModel", "ScorePipeline"]
 

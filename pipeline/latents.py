@@ -71,8 +71,7 @@ class Latents(Pixels):
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         except ImportError as error:
             raise UserError(
-                "Latents need the package diffusers: install it by "
-                'pip install "conditional-score-pipeline[latents]".'
+                "Latents need the package diffusers: install it by pip install diffusers."
             ) from error
         how = {"use_safetensors": True, "local_files_only": True}
         return AutoencoderKL.from_pretrained(self.folder, **how).eval().requires_grad_(False)

@@ -157,7 +157,11 @@ def test_every_option_is_explained(tmp_path: Path) -> None:
         ("sampler: heun.yaml\nnumber: true", [], "number is true; expected int"),
         ("sampler: heun.yaml", ["--number"], "--number has no value"),
         ("sampler: heun.yaml", ["number", "3"], "'number' is no option"),
-        ("sampler: heun", [], "sampler is 'heun'; expected Sampler; choose a file such as conf/s"),
+        (
+            "sampler: heun",
+            [],
+            "sampler is 'heun'; expected Sampler; choose a file such as conf/sampler/heun.yaml, ",
+        ),
         ("sampler: null", [], "sampler is null; expected Sampler"),
         ("number: 3", [], "sampler is needed by example and is not set"),
         ("sampler: {init_args: {steps: 3}}", [], "sampler names no class_path"),

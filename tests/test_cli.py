@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -391,7 +392,19 @@ def test_the_whole_configuration_is_printed(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "--model.warmup 7  (int)  The number of steps over which the learning rate" in said
     assert "--data.per_combination 32  (int)  Training drawings of each" in said
-    assert "--trainer.max_steps 1800" in said
+    assert "--trainer.max_steps 1800  (int)  Stop training after this number of steps" in said
+
+
+@pytest.mark.parametrize("what", [["fit", "-c", "conf/experiment/shapes.yaml"], ["generate"]])
+def test_a_python_without_the_packages_is_told_where_they_are(what: list[str]) -> None:
+    """As the system's own, which `python` is before the environment is entered."""
+    line = [sys.executable, "-S", "-m", "pipeline", *what]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: \S+ has no module \w+: `make setup` .* `\. \.venv/bin/activate` enters\.\n",
+        done.stderr,
+    )
 
 
 def test_unknown_options_are_refused_with_the_near_ones(

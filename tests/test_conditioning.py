@@ -110,6 +110,9 @@ def test_a_prompt_that_was_embedded_before_needs_no_network(
         for other in (TextEncoder(name, max_length=9), TextEncoder(str(folders["clip"]))):
             with pytest.raises(TypeError):  # another encoder
                 other.embed(["a red cross"])
+        patch.setattr(torch, "__version__", "2.6.0")  # whose roundings may be others
+        with pytest.raises(TypeError):
+            TextEncoder(name).embed(["a red cross"])
     for file in (tmp_path / "prompts").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="are made anew"):

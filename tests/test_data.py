@@ -17,6 +17,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from test_conditioning import same
+from tiny import ROOT, sentence
 from torch import Tensor
 
 from pipeline.building import describe
@@ -212,8 +213,22 @@ def test_a_flip_turns_x_and_the_planes_of_u_together(gib: float, tmp_path: Path)
     assert torch.equal(batch.u.tokens, Halves().embed(rows).tokens)
 
 
+def test_a_split_that_is_not_there_is_told_with_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        Pillow.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    train = ["fit", "-c", str(ROOT / "conf/experiment/emoji.yaml")]
+    said = sentence([*train, "--data.path", str(tmp_path)], capsys)
+    assert "has no split 'test'; it has" in said and "--data.val_split null holds out" in said
+    assert "data.path is null; expected str or list of str; set it by --data.path" in sentence(
+        train, capsys
+    )
+
+
 def test_a_data_module_needs_a_source() -> None:
-    with pytest.raises(TypeError, match="abstract.* source"):
+    with pytest.raises(TypeError, match="abstract.*source"):
         DataModule(Pixels(1, 2, 2), None)  # type: ignore[abstract]
 
 
@@ -1072,7 +1087,7 @@ def test_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(UserError, match="is not there"):
             hub(path, tmp_path).setup()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty.*holds no pictures.* but nothing"):
+    with pytest.raises(UserError, match="empty.*holds no pictures and no parquet files; give"):
         hub(str(tmp_path / "empty"), tmp_path).setup()
     for name in ("a.txt", "metadata.csv", "a.json"):
         (tmp_path / "empty" / name).write_text("a")

@@ -192,7 +192,7 @@ def test_without_gradio_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")  # it is put back
     assert main(["demo"]) == 2
-    said = 'pip install "conditional-score-pipeline[demo]"'
+    said = "pip install gradio"
     assert capsys.readouterr().err.splitlines() == [
         f"error: The page is made with Gradio: {said}."
     ]
@@ -398,7 +398,11 @@ def test_a_port_that_is_taken_is_said(
 def test_it_stops_in_the_middle_of_a_drawing(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     server = Server(run, tmp_path)
-    server.begin(PROMPT, "", "ddpm", 64, 2.0, 0, 5)
+    path = server.begin(PROMPT, "", "ddpm", 64, 2.0, 0, 5)
+    for one in (path, "/gradio_api/heartbeat/somebody"):  # who waits, and whose page is open
+        speaking = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        speaking.request("GET", one)
+        assert speaking.getresponse().read(1)
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(30) == 128 + signal.SIGINT
     assert (tmp_path / "errors").read_text().strip() == "Stopped by SIGINT."

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import CALLBACKS, ROOT, contents, fit
+from tiny import CALLBACKS, ROOT, contents, fit, sentence
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
@@ -120,6 +120,13 @@ def test_another_model_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         Generator.from_pretrained(changed(folder, tmp_path / "model", **said))
+
+
+def test_a_run_is_no_exported_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = f"Argument --model: {run} is a run, and is named by --checkpoint"
+    assert said in sentence(["generate", "a circle", "--model", str(run)], capsys)
+    said = "Argument --model: The model './none' is not a folder; give a folder that"
+    assert said in sentence(["generate", "a circle", "--model", "./none"], capsys)
 
 
 def test_a_folder_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:

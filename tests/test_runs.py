@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 from test_module import stop_at
 from tiny import CALLBACKS, ROOT, command, contents, equal, fit, launch, read, sentence
 
-from pipeline.callbacks import Last
+from pipeline.callbacks import Last, Progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
 from pipeline.doors.fit import begin
@@ -227,10 +228,17 @@ def test_one_command_begins_and_goes_on(
         costs = ("time/", "memory/", "train/examples_per_s", "train/tflops")
         tables.append([{k: v for k, v in r.items() if not k.startswith(costs)} for r in rows])
     assert [row["step"] for row in tables[0] if row["train/loss"]] == [str(k) for k in range(7)]
-    assert [row["step"] for row in tables[0] if row["val/loss"]] == ["2", "5"]
+    assert [row["step"] for row in tables[0] if row["val/loss"]] == ["2", "5", "6"]
     assert tables[0] == tables[1]
     sheets = [contents(tmp_path / name / "sheets") for name in ("whole", "run")]
-    assert len(sheets[0]) == 2 and sheets[0] == sheets[1]
+    assert len(sheets[0]) == 3 and sheets[0] == sheets[1]  # the last at the end
+
+
+def test_a_run_shorter_than_its_validations_ends_with_one(tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", "--trainer.logger", "null", steps=2)
+    assert [*contents(run / "sheets")] == ["step-000002.png"] and (run / "best.ckpt").is_file()
+    with (run / "csv/metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["val/loss"]] == ["1"]
 
 
 def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
@@ -449,6 +457,40 @@ def test_no_progress_bar_is_no_conflict(
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.enable_progress_bar", "false", steps=1)
     assert read(run)["global_step"] == 1 and "Training:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_that_become_slow_are_said_once(
+    threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "time", lambda: clock.now)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    trainer: Any = SimpleNamespace(
+        estimated_stepping_batches=5000, global_step=0, is_global_zero=True, world_size=2
+    )
+    module: Any = SimpleNamespace(written=lambda step: False, device=torch.device("cpu"))
+    progress = Progress()
+    progress.on_train_start(trainer, module)
+
+    def run(steps: int, seconds: float) -> str:
+        for _ in range(steps):
+            clock.now += seconds
+            trainer.global_step += 1
+            progress.on_train_batch_end(trainer, module)
+        said = capsys.readouterr().err.splitlines()
+        return "".join(line for line in said if "A step takes" in line)
+
+    assert "A step takes 0.5 s, so 5,000 steps end on" in run(200, 0.5)
+    assert run(400, 1.4) == ""  # less than three times as slow
+    progress.on_validation_end(trainer, module)
+    clock.now += 1000  # of a validation and its sheet
+    assert run(200, 0.5) == ""
+    said = run(100, 2.0)
+    assert "A step takes 2 s, so 5,000 steps end on" in said and "4 times as slow" in said
+    assert ("go on with OMP_NUM_THREADS=1" in said) == (threads > 1)
+    assert run(200, 4.0) == ""
+    progress.on_exception()
 
 
 def test_callbacks_of_ones_own_are_added(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ A YAML file may name any class, and is code. What comes from a checkpoint may na
 wanted families in this package and in those that are trusted, and nothing else.
 """
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -103,7 +104,9 @@ class Resolver:
             fits, checked = kind.check(one)
             if fits:
                 return checked
-        choices = self.choices(kind.families, at) if kind.families else ""
+        choices = self.choices(kind.families, node, at) if kind.families else ""
+        if node is None and not kind.families:
+            choices = f"; set it by --{'.'.join(plain_path(at))}"
         raise self.error(at, f"is {shown(node)}; expected {kind}{choices}")
 
     def node(self, node: dict, kind: Kind, at: At) -> Plan:
@@ -113,14 +116,18 @@ class Resolver:
         elif len(families) == 1 and not inspect.isabstract(families[0]):
             cls, given = families[0], node
         else:
-            raise self.error(at, f"names no class_path{self.choices(families or products, at)}")
+            raise self.error(
+                at, f"names no class_path{self.choices(families or products, node, at)}"
+            )
         is_factory = not issubclass(cls, tuple(families))
         if is_factory and not issubclass(cls, tuple(products)):
             wanted = " or ".join(one.__name__ for one in families or products)
-            choices = self.choices(families, at)
+            choices = self.choices(families, node, at)
             raise self.error(at, f"is {public_path(cls)}, which is no {wanted}{choices}")
         if inspect.isabstract(cls):
-            raise self.error(at, f"is {cls.__name__}, which is a family{self.choices([cls], at)}")
+            raise self.error(
+                at, f"is {cls.__name__}, which is a family{self.choices([cls], node, at)}"
+            )
         if not isinstance(given, dict):
             raise self.error(at, f"has the init_args {shown(given)}; expected keys and values")
         arguments = self.arguments(cls, given, at, is_factory)
@@ -194,11 +201,15 @@ class Resolver:
             raise self.error(at, f"is {path}; expected the path of a function, MODULE.NAME")
         return Named(path, found)
 
-    def choices(self, families: Sequence[type], at: At) -> str:
-        """What may stand at a place, to end a sentence: files in conf/, else members."""
+    def choices(self, families: Sequence[type], node: Any, at: At) -> str:
+        """What may stand at a place, to end a sentence: files in conf/, else members; those that
+        are named like what stands there come first.
+        """
         name = (*plain_path(at), "")[-2] if at else ""
         for folder in (Path("conf") / name, Path("conf") / name[:-1]):
             if name and (files := sorted(configuration(folder).glob("*.yaml"))):
+                alike = difflib.get_close_matches(str(node), [file.stem for file in files])
+                files.sort(key=lambda file: file.stem not in alike)
                 listed = ", ".join(f"{folder}/{file.name}" for file in files[:8])
                 return f"; choose a file such as {listed}, or name a class_path"
         known = sorted({public_path(one) for family in families for one in concrete(family)})
@@ -272,7 +283,8 @@ def explain(plan: Any, at: At = ()) -> Iterator[str]:
     if not isinstance(plan, Plan):
         return
     family = plan.cls.__mro__ if isinstance(plan.cls, type) else [plan.cls]
-    hints, said = hints_of(plan.cls), "\n".join(inspect.getdoc(one) or "" for one in family)
+    texts = [inspect.getdoc(text) or "" for one in family for text in (one, one.__init__)]
+    hints, said = hints_of(plan.cls), "\n".join(texts)
     if at:
         yield f"\n{'.'.join(at)}: {public_path(plan.cls)}"
     for name in signature(plan.cls):

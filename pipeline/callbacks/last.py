@@ -31,7 +31,7 @@ class Last(Checkpoint):
     step, every `agree` steps where there are several devices, so that all of them stop at the same
     one; the checkpoint is written and `Stopped` is raised. A second Ctrl-C stops at once, and the
     checkpoint is the one before. A validation that was due at that step is made up for when the
-    run goes on.
+    run goes on, and a run that ends by itself ends with one.
 
     A checkpoint is replaced when the new one is whole and on the disk, and the one before is kept
     as `before.ckpt`.
@@ -47,12 +47,13 @@ class Last(Checkpoint):
         self.before: dict[int, object] = {}
         self.stopped: Stopped | None = None
         self.owed = False  # whether a validation is due at the step of the checkpoint
+        self.validated = 0  # the step of the last one
 
     def state_dict(self) -> dict[str, Any]:
-        return {"owed": self.owed}
+        return {"owed": self.owed, "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.owed = state_dict["owed"]
+        self.owed, self.validated = state_dict["owed"], state_dict.get("validated", 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signum, self.step, self.written = 0, trainer.global_step, time.monotonic()
@@ -97,11 +98,15 @@ class Last(Checkpoint):
             self.owed = False
             validate(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = trainer.global_step
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.owed:  # and no step is left
+        last: Any = trainer
+        if self.owed or (last.enable_validation and self.validated != trainer.global_step):
             self.owed = False
             validate(trainer)
             self._save(trainer)

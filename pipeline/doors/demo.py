@@ -8,6 +8,7 @@ import argparse
 import copy
 import html
 import json
+import logging
 import os
 import re
 import socket
@@ -61,9 +62,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     try:
         import_module("gradio")
     except ImportError as error:
-        raise UserError(
-            'The page is made with Gradio: pip install "conditional-score-pipeline[demo]".'
-        ) from error
+        raise UserError("The page is made with Gradio: pip install gradio.") from error
     from pipeline.distributed import join
 
     with (
@@ -81,8 +80,17 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             said = f"--host {args.host} --port {args.port} cannot be listened at: {error}"
             raise UserError(f"{said}; name another.") from error
         print("The page is at http://{}:{}/".format(*listening.getsockname()), flush=True)
+        server = uvicorn.Server(config)
+        stop = server.handle_exit
+
+        def stopped(signum: int, frame: object) -> None:
+            painter.closed = True  # who waits is told so, after the step that it is at
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of who is cut off
+            stop(signum, frame)
+
+        server.handle_exit = stopped
         try:
-            uvicorn.Server(config).run([listening])
+            server.run([listening])
         finally:
             painter.closed = True
             painter.one.shutdown()  # after the step that it is at

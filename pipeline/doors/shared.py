@@ -4,7 +4,9 @@ What takes seconds to import is imported where it is used: help comes at once.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
@@ -29,9 +31,15 @@ def add_model_file(parser: argparse.ArgumentParser, **many: Any) -> None:
 
 def exported_model(name: str) -> str:
     """The folder of a model that was exported."""
+    from pipeline.checkpoint import BEFORE, LAST
     from pipeline.exported import find
 
-    return str(find(name))
+    if any((Path(name) / file).is_file() for file in (LAST, BEFORE)):
+        raise argparse.ArgumentTypeError(f"{name} is a run, and is named by --checkpoint")
+    try:
+        return str(find(name))
+    except UserError as error:  # argparse would say that the value is invalid, and no more
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -105,10 +113,14 @@ def open_model(
     """A checkpoint, by default the newest, and what draws from it on a device."""
     from pipeline.checkpoint import Checkpoint, locate
     from pipeline.codec import Codec
+    from pipeline.distributed import place
     from pipeline.generator import Generator
     from pipeline.samplers import Sampler
 
     checkpoint = Checkpoint(locate(path), trust)
+    if path is None and place()[0] == 0:
+        steps = checkpoint.content.get("global_step", "?")
+        print(f"The model is the newest: {checkpoint.path}, after {steps} steps.", file=sys.stderr)
     sampler, codec = checkpoint.part("sampler", Sampler), checkpoint.part("codec", Codec)
     denoiser = checkpoint.denoiser(average)
     try:

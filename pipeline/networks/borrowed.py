@@ -60,9 +60,7 @@ class Diffusers(Network):
         try:
             import diffusers
         except ImportError as error:
-            raise UserError(
-                f'{model} is of diffusers: pip install "conditional-score-pipeline[latents]".'
-            ) from error
+            raise UserError(f"{model} is of diffusers: pip install diffusers.") from error
         self.channels, self.u_dim, self.planes = channels, u_dim, planes
         width, self.first, last, more = KINDS[model]
         sizes = {width: u_dim or 1, "in_channels": channels + planes, "out_channels": channels}
