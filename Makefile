@@ -12,10 +12,10 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train generate demo evaluate lecture test test-full test-slurm lint format bench docker docker-train clean
+.PHONY: help setup train generate demo evaluate lecture test test-full test-slurm test-browser lint format bench docker docker-train clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  CONF=$(CONF)  PROMPT="a small red circle"  CHECKPOINT=file'
 	@echo '  ARGS="more arguments"  TORCH=cpu (at set-up: torch without CUDA)  PYTHON=python3.12 (at set-up)'
@@ -51,6 +51,11 @@ test-full: $(SETUP) ## Run all tests, the slow ones too
 test-slurm: $(SETUP) ## Install SLURM from Debian, start it on this machine, and preempt a job
 	@command -v slurmctld munged >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends slurm-wlm munge; }
 	@exec $(PY) -m pytest tests/test_slurm.py $(ARGS)
+
+test-browser: $(SETUP) ## Install Chromium from Debian, and open the page of `demo` in it
+	@command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	@$(PY) -m pip install --quiet "playwright>=1.50"
+	@exec $(PY) -m pytest tests/test_demo.py $(ARGS)
 
 lint: $(SETUP) ## Check style, format and types
 	@$(PY) -m ruff check .

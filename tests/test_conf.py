@@ -65,6 +65,8 @@ def test_group_builds(file: Path, tmp_path: Path, mixture: mcmc.GaussianMixture)
         config.set("part.denoiser", ScoreDenoiser(mixture, schedules.VP()))
     if file.stem == "inpaint":
         config.set("part.known", [0.5, None])  # a person's own
+    if file.parent.name == "data" and "path: null" in file.read_text():
+        config.set("part.path", "pictures")  # likewise
     assert isinstance(make(config.resolve("part", kind)), kind)
 
 

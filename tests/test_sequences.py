@@ -286,7 +286,7 @@ def test_bad_files_and_folders_are_said(sounds: Path, tmp_path: Path) -> None:
         sequences(sounds, tmp_path / "cache", caption="label").rows("train")
     (tmp_path / "empty").mkdir()
     for path, said in (
-        (tmp_path / "empty", "holds no WAV or npy files and no parquet files, but nothing"),
+        (tmp_path / "empty", "holds no WAV or npy files and no parquet files; give"),
         (tmp_path / "none", "is not there"),
         (sounds / "bell" / "1.wav", "give parquet files, a folder"),
     ):

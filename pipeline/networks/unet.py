@@ -121,7 +121,8 @@ class UNet(Network):
                 )
         if not u_dim and (concat or attend):
             raise ValueError(
-                "concat and attend need a condition: set u_dim to the width of its tokens."
+                f"concat = {concat} and attend = {list(attend)} need a condition, and u_dim is 0: "
+                'without one, concat is 0 and attend is "[]".'
             )
         if u_dim and not (concat or modulate or attend):
             raise ValueError(f"u_dim = {u_dim} but u is not used: set concat, modulate or attend.")
