@@ -1,7 +1,9 @@
 """Weights in parts, and activations that are computed once more: the same run."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_networks import BORROWED
 from tiny import CALLBACKS, ROOT, equal, fit, launch, read, two
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from pipeline.condition import Condition
 from pipeline.denoisers import EDM, Energy
 from pipeline.errors import UserError
 from pipeline.module import ScoreModule
-from pipeline.networks import MLP, DiT, Network, UNet, blocks
+from pipeline.networks import MLP, Diffusers, DiT, Network, UNet, blocks
 from pipeline.noise import Noise
 from pipeline.objectives import DSM, UniformTime
 from pipeline.samplers import Heun
@@ -159,7 +162,11 @@ NETWORKS: list[Callable[[], Network]] = [
 ]
 
 
-@pytest.mark.parametrize("make", NETWORKS, ids=["UNet", "DiT"])
+if importlib.util.find_spec("diffusers"):
+    NETWORKS += [partial(Diffusers, name, 1, 3, config=BORROWED[name]) for name in BORROWED]
+
+
+@pytest.mark.parametrize("make", NETWORKS, ids=["UNet", "DiT", *BORROWED][: len(NETWORKS)])
 def test_recomputed_gradients_are_the_same_bits(make: Callable[[], Network]) -> None:
     """With less in memory, dropout's own noise included."""
     torch.manual_seed(0)

@@ -18,15 +18,16 @@ class Part:
 
     def __init_subclass__(cls, **how: Any) -> None:
         super().__init_subclass__(**how)
-        cls.__signature__ = None  # not what stands there for the class above
-        told = inspect.signature(cls)
-        if "more" in told.parameters:
-            names = dict(told.parameters)
-            del names["more"]
+        # of the constructor: early releases of Python 3.11 read that of `__new__` where it is
+        # inherited, which takes anything
+        told: Any = cls.__init__
+        names = {} if told is object.__init__ else dict(inspect.signature(told).parameters)
+        names.pop("self", None)
+        if names.pop("more", None) is not None:
             for name, one in inspect.signature(cls.__base__).parameters.items():  # type: ignore
                 if name not in names and name not in vars(cls) and one.default is not one.empty:
                     names[name] = one.replace(kind=one.KEYWORD_ONLY)
-            cls.__signature__ = told.replace(parameters=list(names.values()))
+        cls.__signature__ = inspect.Signature(list(names.values()))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)

@@ -33,8 +33,8 @@ class Recompute(pl.Callback):
             block.forward = partial(again, block.forward)
 
 
-def again(forward: Callable[..., Any], *args: Any) -> Any:
+def again(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """The function's value, which is computed once more where its gradient is."""
     if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False)
+        return forward(*args, **named)
+    return checkpoint(forward, *args, use_reentrant=False, **named)
