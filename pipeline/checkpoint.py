@@ -131,6 +131,16 @@ class Checkpoint:
         self.about = upgraded(self.path, self.content)
         if lacks := [key for key in KEYS if key not in self.about]:
             raise UserError(f"{self.path} does not say its {lacks[0]}; it may be damaged.")
+        prompts, kept = self.prompts, self.content.get("averages", {})
+        sound = {  # of what is not built
+            "data": is_node(self.about["data"]),
+            "fingerprint": isinstance(self.about["fingerprint"], str | None),
+            "prompts": isinstance(prompts, list) and all(isinstance(p, str) for p in prompts),
+            "averages": is_averages(kept),
+        }
+        if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+            said = f"{self.path} has something else than it should for its {wrong[0]}"
+            raise UserError(f"{said}; it may be damaged.")
 
     @property
     def sha256(self) -> str:
@@ -161,13 +171,14 @@ class Checkpoint:
             )
         return found
 
-    def denoiser(self, average: str | None = None) -> Denoiser:
-        """The denoiser with its weights, in evaluation mode, on the CPU.
+    def denoiser(self, average: str | None = None, device: torch.device | str = "cpu") -> Denoiser:
+        """The denoiser with its weights, in evaluation mode.
 
         Arguments:
             average: The name of an average of the weights, or "trained"; the first average, where
                 there is one, by default. A length that is none of the names is made of what the
                 run kept; see `pipeline.averaging`.
+            device: Where it is to be.
         """
         denoiser = self.part("denoiser", Denoiser)
         try:
@@ -175,8 +186,17 @@ class Checkpoint:
         except (RuntimeError, TypeError, AttributeError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[min(1, len(lines) - 1)].strip()
-            sentence = f"The weights in {self.path} do not fit its network: {reason}"
-            raise UserError(sentence) from error
+            said = f"The weights in {self.path} do not fit its network ({reason:.200})"
+            raise UserError(f"{said}; it may be damaged.") from error
+        try:
+            if torch.device(device).type == "meta":
+                raise RuntimeError("nothing is computed there")
+            denoiser = denoiser.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--device {device} cannot hold {self.path}: {reason}; name cpu, cuda or cuda:1."
+            ) from error
         return denoiser.eval().requires_grad_(False)
 
     def weights(self, average: str | None = None) -> dict[str, Tensor]:
@@ -206,6 +226,18 @@ class Checkpoint:
         if "conditioning" in given:
             given = {**given, "conditioning": conditioning}
         return build({**node, "init_args": given}, kind, self.trust)
+
+
+def is_node(value: Any) -> bool:
+    """Whether it is what `describe` gives for a part, or for none."""
+    given = value.get("init_args") if isinstance(value, dict) else None
+    named = value is None or (isinstance(value, dict) and isinstance(value.get("class_path"), str))
+    return named and isinstance(given, dict | None)
+
+
+def is_averages(value: Any) -> bool:
+    """Whether it is weights by name, by the name of an average."""
+    return isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
 
 
 def differences(old: Any, new: Any, at: str) -> Iterator[str]:
@@ -238,9 +270,10 @@ def locate(path: str | Path | None) -> Path:
     exported model's, or the newest run's checkpoint.
     """
     if path is not None:
-        inside = [Path(path) / name for name in (LAST, exported.CONFIG)]
+        path = Path(path).expanduser()
+        inside = [path / name for name in (LAST, exported.CONFIG)]
         found = [file for file in inside if file.is_file()] or inside
-        return found[0] if Path(path).is_dir() else Path(path)
+        return found[0] if path.is_dir() else path
     found = sorted(Path("runs").glob(f"*/*/{LAST}"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(
@@ -292,9 +325,11 @@ def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says, as this version says it."""
     said = content["pipeline"]
     version = said.get("version", 0)
-    if version == 0 and isinstance(said.get("shape"), list):
+    shape = said.get("shape")
+    sized = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+    if version == 0 and sized and len(shape) in (1, 3):
         # the shape alone told pictures from vectors
-        codec = Pixels(*said["shape"]) if len(said["shape"]) == 3 else Columns(*said["shape"])
+        codec = Pixels(*shape) if len(shape) == 3 else Columns(*shape)
         return {**said, "version": VERSION, "codec": describe(codec)}
     if version != VERSION:
         raise UserError(

@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         dotted, rest = split(argv)
         args, unknown = parser.parse_known_args(rest)
+        for name, value in vars(args).items():
+            if isinstance(value, str) and value.startswith("~/"):  # as --out=~/x leaves it
+                setattr(args, name, os.path.expanduser(value))
         door, options = doors[args.command], unknown + dotted
         check(options, door.FREE, parsers[args.command])
         line = shlex.join(["python", "-m", "pipeline", *argv])

@@ -27,6 +27,8 @@ from pipeline.noise import Noise
 
 __all__ = ["Codec", "Columns", "Pixels", "Signals", "Standardised"]
 
+LARGEST = 65_536  # pixels of a side
+
 
 class Codec(Part, ABC):
     """Rows → x → rows.
@@ -86,6 +88,9 @@ class Pixels(Codec):
     def __init__(self, channels: int, height: int, width: int) -> None:
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}; it must be 3 (colour) or 1 (grey).")
+        if not (0 < height <= LARGEST and 0 < width <= LARGEST):
+            said = f"A picture of {height}×{width} cannot be; its sides are from 1 to {LARGEST}"
+            raise ValueError(f"{said} pixels.")
         self.shape = (channels, height, width)
         self.sizes = {"channels": channels, "dims": 2}
 

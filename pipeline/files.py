@@ -202,8 +202,15 @@ def new_folder(out: str | None, results: Sequence[str]) -> Iterator[Path]:
     Raises:
         UserError: It cannot be written to, holds results, or is being written to.
     """
-    folder = Path(out or f"outputs/{time.strftime('%Y%m%d-%H%M%S')}")
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    if out is not None and (not out.strip() or "\0" in out):
+        raise UserError(f"--out is {out!r}, which names no folder; name one.")
+    folder = Path(out or f"outputs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    try:
+        made = [f for f in (folder, *folder.parents) if not f.exists()]
+    except OSError as error:  # such as a name that is too long
+        raise UserError(
+            f"--out {out} cannot be a folder: {error.strerror}; name another."
+        ) from error
     with ExitStack() as held:
         held.callback(_remove, made)
         check_writable(folder if out else folder.parent, folder)

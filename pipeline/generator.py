@@ -38,7 +38,8 @@ class Generator:
 
     Picture i is a function of its seed, its condition and the settings: its noise bit for bit
     whatever is drawn beside it and on whatever device; the picture bit for bit at a fixed
-    micro-batch, which is why the last one is filled up.
+    micro-batch, which is why the last one is filled up, and one length of the longest prompt of a
+    call, to which the tokens of the others are padded.
 
     Several processes draw `together` by taking turns at the micro-batches, one each in a round.
     Every process makes the same number of network calls, with a micro-batch that is thrown away
@@ -68,6 +69,15 @@ class Generator:
         self.denoiser, self.conditioning, self.codec = denoiser, conditioning, codec
         if isinstance(conditioning, Picture):
             conditioning.see(codec.shape)
+        network = getattr(denoiser, "network", None)
+        of_u = {name: getattr(conditioning, name, 0) for name in ("dim", "planes")}
+        have = {**codec.sizes, "u_dim": of_u["dim"], "planes": of_u["planes"]}
+        for name, size in have.items():
+            if getattr(network, name, size) != size:
+                raise UserError(
+                    f"The network takes {name} = {getattr(network, name)}, and codec and "
+                    f"conditioning give {size}: they are of different models."
+                )
         self.sampler, self.guidance, self.together = sampler, guidance, together
         self.prompts = prompts
 
@@ -92,7 +102,7 @@ class Generator:
         """
         checkpoint = Checkpoint(path, trust)
         conditioning = checkpoint.conditioning()
-        denoiser = checkpoint.denoiser(average).to(device)
+        denoiser = checkpoint.denoiser(average, device)
         sampler = checkpoint.part("sampler", Sampler)
         guidance, codec = (
             checkpoint.optional("guidance", Guidance),

@@ -8,10 +8,10 @@ It wants `pip install diffusers`; nothing of ours imports this module.
 """
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, PositiveInt, validate_call
 
 from pipeline.building import replace
 from pipeline.errors import UserError
@@ -26,6 +26,11 @@ except ImportError as error:
     raise UserError("A diffusers pipeline wants diffusers: pip install diffusers.") from error
 
 __all__ = ["ScoreModel", "ScorePipeline"]
+
+
+Prompts = str | Annotated[list[str] | tuple[str, ...], Field(min_length=1)]
+Generators = torch.Generator | list[torch.Generator]
+STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True)
 
 
 class ScoreModel(ModelMixin):
@@ -62,14 +67,15 @@ class ScorePipeline(DiffusionPipeline):
         self.register_modules(model=model)
 
     @torch.inference_mode()
+    @validate_call(config=STRICT)
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        num_inference_steps: int | None = None,
+        prompt: Prompts,
+        num_inference_steps: PositiveInt | None = None,
         guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
-        output_type: str = "pil",
+        num_images_per_prompt: PositiveInt = 1,
+        generator: Generators | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
     ) -> Any:
         """Pictures of each prompt in turn.
@@ -80,27 +86,28 @@ class ScorePipeline(DiffusionPipeline):
             guidance_scale: The scale of its guidance, or of `ClassifierFree`.
             num_images_per_prompt: How many of each.
             generator: Its `initial_seed` is the seed of the first picture of each prompt, as
-                `generate --seed` is; those that follow have the next ones.
+                `generate --seed` is; those that follow have the next ones. A list has one for
+                each picture.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) likewise.
 
         Raises:
-            ValueError: An argument is out of its range.
+            ValueError: An argument is of another kind, or out of its range.
         """
         own: Any = copy.copy(self.model.generator)
-        if output_type not in ("pil", "np", "pt") or num_images_per_prompt < 1:
-            raise ValueError(
-                f"output_type is {output_type!r} and num_images_per_prompt "
-                f"{num_images_per_prompt}; expected pil, np or pt, and at least 1."
-            )
+        prompts, n = [prompt] if isinstance(prompt, str) else [*prompt], num_images_per_prompt
+        values = [one for one in prompts for _ in range(n)]
+        if isinstance(generator, list):
+            seeds = [one.initial_seed() for one in generator]
+        else:
+            first = 0 if generator is None else generator.initial_seed()
+            seeds = [first + k for _ in prompts for k in range(n)]
+        if len(seeds) != len(values):
+            said = f"generator has {len(seeds)} for {len(values)} pictures"
+            raise ValueError(f"{said}; give one for each, or a single one.")
         if num_inference_steps is not None:
             own.sampler = replace(own.sampler, steps=num_inference_steps)
         if guidance_scale is not None:
             own.guidance = replace(own.guidance or ClassifierFree(), scale=guidance_scale)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        first = 0 if generator is None else generator.initial_seed()
-        n = num_images_per_prompt
-        values = [one for one in prompts for _ in range(n)]
-        seeds = [first + k for _ in prompts for k in range(n)]
         steps, bars = own.rounds(len(values)) * own.sampler.steps, self.progress_bar
         with bars(total=steps) as bar:  # type: ignore[call-arg]
             rows = torch.cat(list(own(values, seeds, progress=lambda state: bar.update())))

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pipeline.doors.shared import add_device_and_trust, add_model_file
@@ -13,7 +14,7 @@ FREE = ()
 DESCRIPTION = """\
 Write a model into a folder that needs neither its run nor its YAML: model.safetensors (one
 average of its weights), config.json, which builds it again, and README.md, a model card with a
-sheet that the exported model has drawn. `generate --model FOLDER` and Generator.from_pretrained
+sheet that the model has drawn. `generate --model FOLDER` and Generator.from_pretrained
 draw from it."""
 EPILOG = """\
 example: python -m pipeline export --out circles --license cc-by-4.0 --evaluation result.json
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, options: list[str], line: str) -> int:
-    """Write the model, draw a sheet with what was written, and say where it is."""
+    """Draw a sheet, write the model, and say where it is."""
     from pipeline import exported
     from pipeline.checkpoint import Checkpoint, averages, locate
     from pipeline.distributed import join
@@ -52,20 +53,16 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     name = "unknown" if data is None else data["class_path"].rpartition(".")[2]
     facts["data and their licence"] = args.data or f"{name}; the licence was not stated"
     weights = checkpoint.denoiser(average).state_dict()
-    card = exported.model_card(checkpoint.about, facts, figures, None, args.license)
+    with join(args.device) as device:  # what cannot draw is not written
+        sheet = draw(Generator.from_checkpoint(checkpoint.path, device, args.trust, average))
+    named = exported.SHEET if sheet is not None else None
+    card = exported.model_card(checkpoint.about, facts, figures, named, args.license)
     exported.save(args.out, checkpoint.about, weights, card)
-    with join(args.device) as device:
-        generator = Generator.from_pretrained(args.out, device, args.trust)
-        sheet = draw(generator)
-        if sheet is not None:
-            with whole(Path(args.out) / exported.SHEET) as part:
-                sheet.save(part, format="PNG")
-            named = exported.model_card(
-                checkpoint.about, facts, figures, exported.SHEET, args.license
-            )
-            with whole(Path(args.out) / exported.CARD) as part:
-                part.write_text(named, encoding="utf-8")
-    print(f"The model is in {args.out}; draw by: python -m pipeline generate --model {args.out}")
+    if sheet is not None:
+        with whole(Path(args.out) / exported.SHEET) as part:
+            sheet.save(part, format="PNG")
+    made = quote(args.out)
+    print(f"The model is in {made}; draw by: python -m pipeline generate --model {made}")
     if args.push:
         print(f"It is uploaded as {exported.push(args.out, args.push)}")
     return 0

@@ -122,12 +122,7 @@ def open_model(
         steps = checkpoint.content.get("global_step", "?")
         print(f"The model is the newest: {checkpoint.path}, after {steps} steps.", file=sys.stderr)
     sampler, codec = checkpoint.part("sampler", Sampler), checkpoint.part("codec", Codec)
-    denoiser = checkpoint.denoiser(average)
-    try:
-        denoiser = denoiser.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot hold {checkpoint.path}: {reason}") from error
+    denoiser = checkpoint.denoiser(average, device)
     conditioning, prompts = checkpoint.conditioning(), checkpoint.prompts
     return checkpoint, Generator(denoiser, conditioning, codec, sampler, prompts=prompts)
 

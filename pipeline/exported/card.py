@@ -1,7 +1,10 @@
 """A model card: what a model is, for whoever finds it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from pipeline.errors import UserError
 
 __all__ = ["model_card"]
 
@@ -35,6 +38,10 @@ def model_card(
         "guidance": "none" if guidance is None else said(guidance),
         **(facts or {}),
     }
+    if not re.fullmatch(r"[\w.+-]+", license):  # it stands in the head, which is YAML
+        raise UserError(
+            f"The licence is {license!r}; give a name as the hub has it, such as cc-by-4.0."
+        )
     lines = ["---", f"license: {license}", "library_name: conditional-score-pipeline"]
     lines += ["tags: [diffusion, score-matching]", "---", "", "# A model of p(x | u)", ""]
     lines += [f"![what it draws]({sheet})", ""] if sheet else []

@@ -9,6 +9,7 @@ Nothing of it is executed, and what it names is built as from a checkpoint.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def save(
             "The model is guided by another one, which is not exported with it: set its guidance "
             "to ClassifierFree or None first, and give the other by --guidance when drawing."
         )
-    with new_folder(str(folder), FILES) as out:
+    with new_folder(os.fspath(folder), FILES) as out:
         with whole(out / WEIGHTS) as part:
             own = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
             part.write_bytes(safetensors.save(own))
@@ -66,11 +67,12 @@ def read(config: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no model of ours, it is damaged, or its weights were changed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         said = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{config} cannot be read as JSON: {reason}.") from error
     if not isinstance(said, dict) or said.pop("format", None) != FORMAT:
@@ -86,7 +88,10 @@ def read(config: Path) -> dict[str, Any]:
             f"{file} is not the file that {CONFIG} was written with; copy both again, or export "
             "the model again."
         )
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no file of safetensors: {error}; export it again.") from error
     return {"pipeline": said, "state_dict": weights, "averages": {}}
 
 
@@ -112,7 +117,8 @@ def push(folder: str | Path, repo_id: str, private: bool = True, token: str | No
     """
     from huggingface_hub import HfApi
 
-    read(find(folder) / CONFIG)
+    folder = find(folder)
+    read(folder / CONFIG)
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.condition import U
+from pipeline.condition import Condition, U
 from pipeline.errors import UserError
 from pipeline.networks.base import Network
 from pipeline.networks.layers import check_condition, check_sides, with_planes, zero
@@ -73,13 +73,25 @@ class Diffusers(Network):
             heads = own.get("num_attention_heads", 16), own.get("attention_head_dim", 72)
             sizes["cross_attention_dim"] = heads[0] * heads[1]
         try:
-            self.net: Any = getattr(diffusers, model)(**{**more, **own, **sizes})
-        except (TypeError, ValueError, NotImplementedError, ZeroDivisionError) as error:
+            self.net: Any = getattr(diffusers, model)(**{**more, **own, **sizes}).eval()
+            zero(getattr(self.net, last))
+            said = self.net.config
+            of_stages = 2 ** (len(said.get("block_out_channels", "?")) - 1)
+            self.multiple: int = said.get("patch_size") or of_stages
+            self.try_it()
+        except Exception as error:  # whatever it raises for what it cannot do
             reason = " ".join(str(error).split())
-            raise ValueError(f"{model} of diffusers does not take its config: {reason}") from error
-        zero(getattr(self.net, last))
-        said = self.net.config
-        self.multiple: int = said.get("patch_size") or 2 ** (len(said["block_out_channels"]) - 1)
+            said = f"{model} of diffusers does not take its config: {reason:.300}"
+            raise ValueError(said) from error
+        self.net.train()
+
+    @torch.no_grad()
+    def try_it(self) -> None:
+        """Compute once: some configs can be built and not run."""
+        x = torch.zeros(1, self.channels, *[2 * self.multiple] * 2)
+        tokens = torch.zeros(1, 1, self.u_dim) if self.u_dim else None
+        planes = torch.zeros(1, self.planes, *x.shape[2:]) if self.planes else None
+        self(x, torch.zeros(1), Condition(tokens, planes))
 
     def forward(self, x: Tensor, level: Tensor, u: U = None) -> Tensor:
         check_sides(x, 2, self.multiple, f"divide by {self.multiple}; change the size.")

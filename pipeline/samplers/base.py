@@ -27,6 +27,7 @@ __all__ = ["Sampler", "State"]
 
 
 SMALL = 1e-9  # of a noise ratio
+MOST = 100_000  # times
 
 
 class State(NamedTuple):
@@ -63,8 +64,10 @@ class Sampler(Part, ABC):
     """
 
     def __init__(self, steps: int, rho: float) -> None:
-        if steps < 1 or not rho > 0:
-            raise ValueError(f"steps = {steps} must be at least 1 and rho = {rho} positive.")
+        if not 1 <= steps <= MOST or not rho > 0:
+            raise ValueError(
+                f"steps = {steps} must be from 1 to {MOST:,} and rho = {rho} positive."
+            )
         self.steps, self.rho = steps, rho
 
     @property
