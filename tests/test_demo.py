@@ -28,7 +28,7 @@ from pipeline.conditioning import Classes, Masked
 from pipeline.denoisers import EDM
 from pipeline.doors import demo
 from pipeline.errors import UserError
-from pipeline.networks import MLP
+from pipeline.networks import MLP, UNet
 from pipeline.samplers import DDIM, Heun
 from pipeline.schedules import VP
 
@@ -170,9 +170,12 @@ def test_what_the_page_cannot_begin_with_is_said(
 ) -> None:
     with pytest.raises(UserError, match="steps is 65; it must be a whole number from 1 to 64"):
         painter_of(run, "--steps", "65")
-    model = EDM(MLP(2, 2, width=16, depth=1), VP())
-    for codec, u in ((Columns(2), Classes(["up"])), (PIXELS, None), (PIXELS, Masked())):
-        write(tmp_path / "m.ckpt", model, codec, u, Heun(3))
+    for network, codec, u in (
+        (MLP(2, 1, width=16, depth=1), Columns(2), Classes(["up"])),
+        (UNet(3, widths=(16,), blocks=1), PIXELS, None),
+        (UNet(3, widths=(16,), blocks=1, planes=4), PIXELS, Masked()),
+    ):
+        write(tmp_path / "m.ckpt", EDM(network, VP()), codec, u, Heun(3))
         with pytest.raises(UserError, match="pictures drawn from prompts alone, and .*m.ckpt"):
             painter_of(tmp_path / "m.ckpt")
     assert main(["demo", "--most", "0"]) == 2
@@ -340,6 +343,30 @@ def test_what_the_page_does_not_need_is_closed(server: Server) -> None:
         assert server.ask("GET", f"/gradio_api/{path}")[0] == 403
     assert {server.ask("GET", path)[0] for path in ("/monitoring", "/docs", "/login")} == {403}
     assert {server.ask("GET", path)[0] for path in ("/", "/config", "/theme.css")} == {200}
+
+
+def test_what_is_too_long_or_of_another_site_is_refused(server: Server) -> None:
+    def ask(body: Any, **headers: str) -> tuple[int, bytes]:
+        speaking = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        headers |= {"Content-Type": "application/json"}
+        try:
+            speaking.request("POST", "/gradio_api/call/draw", body, headers)
+        except OSError:  # the answer comes before all of it is sent
+            pass
+        answer = speaking.getresponse()
+        return answer.status, answer.read()
+
+    request = json.dumps({"data": GOOD})
+    long = json.dumps({"data": ["a" * 70_000, *GOOD[1:]]})
+    assert ask(long)[0] == 413
+    assert ask(iter([long[:60_000].encode(), long[60_000:].encode()]))[0] == 413  # in chunks
+    assert ask(request, Origin="http://elsewhere.org")[0] == 403
+    assert ask(request, Origin=f"http://127.0.0.1:{server.port}")[0] == 200
+    speaking = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    speaking.request("GET", "/config", headers={"X-Forwarded-Host": "elsewhere.org"})
+    assert b"elsewhere" not in speaking.getresponse().read()
+    for path in ("/gradio_api/call/other", f"/assets/{'a' * 5000}"):
+        assert server.ask("GET", path)[0] == 403
 
 
 def test_fifty_requests_wait_for_each_other(server: Server) -> None:

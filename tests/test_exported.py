@@ -1,6 +1,7 @@
 """Models that left the house: what is loaded is what was trained, and nothing else is loaded."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,6 +105,9 @@ def changed(folder: Path, to: Path, **said: Any) -> Path:
     return to
 
 
+SIDES = {"channels": 3, "height": 0, "width": 32}
+
+
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
@@ -113,6 +117,17 @@ def changed(folder: Path, to: Path, **said: Any) -> Path:
         ({"denoiser": {"class_path": "os.system"}}, "not in a trusted package"),
         ({"fingerprint": "0" * 64}, "was trained with another TextEncoder"),
         ({"codec": {"class_path": "pipeline.samplers.Heun"}}, "which is no Codec"),
+        (
+            {"conditioning": None, "fingerprint": None},
+            "takes u_dim = 384, and codec and .* give 0",
+        ),
+        ({"prompts": "abc"}, "something else than it should for its prompts"),
+        ({"prompts": [1]}, "something else than it should for its prompts"),
+        ({"fingerprint": 5}, "something else than it should for its fingerprint"),
+        (
+            {"codec": {"class_path": "pipeline.codec.Pixels", "init_args": SIDES}},
+            "A picture of 0×32 cannot be; its sides are from 1 to 65536",
+        ),
     ],
 )
 def test_another_model_is_refused(
@@ -127,6 +142,49 @@ def test_a_run_is_no_exported_model(run: Path, capsys: pytest.CaptureFixture[str
     assert said in sentence(["generate", "a circle", "--model", str(run)], capsys)
     said = "Argument --model: The model './none' is not a folder; give a folder that"
     assert said in sentence(["generate", "a circle", "--model", "./none"], capsys)
+
+
+def test_weights_that_are_none_are_refused(folder: Path, tmp_path: Path) -> None:
+    for name, data in {"empty": b"", "short": b"\x10", "text": b"nothing of the kind"}.items():
+        to = changed(folder, tmp_path / name, weights=sha256(data).hexdigest())
+        (to / "model.safetensors").write_bytes(data)
+        with pytest.raises(UserError, match="is no file of safetensors: .*; export it again"):
+            Generator.from_pretrained(to)
+    (to / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        Generator.from_pretrained(to)
+
+
+def test_what_cannot_draw_is_not_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    door = ["export", "--checkpoint", str(run), "--out", str(out)]
+    for device in ("foo", "meta"):
+        assert f"--device {device} cannot hold" in sentence([*door, "--device", device], capsys)
+    licence = ["--license", "mit\nevil: yes"]
+    assert "The licence is 'mit\\nevil: yes'" in sentence([*door, *licence], capsys)
+    broken = torch.load(run / "last.ckpt", weights_only=True)
+    for weights in (broken["state_dict"], *broken["averages"].values()):
+        for w in weights.values():
+            w.fill_(math.nan)
+    torch.save(broken, tmp_path / "nan.ckpt")
+    told = ["export", "--checkpoint", str(tmp_path / "nan.ckpt"), "--out", str(out)]
+    assert "not finite" in sentence(told, capsys)
+    assert not out.exists()
+    for name, said in (("", "names no folder"), ("a" * 300, "cannot be a folder")):
+        assert said in sentence([*door[:-1], name], capsys)
+
+
+def test_a_home_folder_is_written_to_and_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Generator.from_pretrained(folder).save_pretrained("~/mine")
+    assert {*contents(tmp_path / "mine")} == {*contents(folder)} - {"sheet.png"}
+    assert Generator.from_pretrained("~/mine").prompts == Generator.from_pretrained(folder).prompts
+    drawn = ["generate", "a circle", "--model", str(folder), "--number", "1", "--steps", "2"]
+    assert main([*drawn, "--out=~/drawn"]) == 0 and (tmp_path / "drawn/00000.png").is_file()
 
 
 def test_a_folder_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:

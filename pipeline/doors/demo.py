@@ -41,8 +41,10 @@ LOOKS = 8  # at pictures as they form
 # what the page needs of Gradio, which would also take files, fetch addresses and skip the queue
 OPEN = re.compile(
     r"/|/(config|theme\.css|manifest\.json|favicon\.ico|(assets|static)/.*)"
-    r"|/gradio_api/(info|startup-events|heartbeat/.*|queue/(join|data)|call/.*|cancel|file=/.*)"
+    r"|/gradio_api/(info|startup-events|heartbeat/\w+|queue/(join|data)|call/draw(/\w+)?|cancel"
+    r"|file=/.*)"
 )
+LARGE = 65_536  # bytes of a request; a drawing is asked for by a few thousand
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -272,7 +274,29 @@ def page(painter: Painter) -> Any:
     gradio.mount_gradio_app(app, blocks, "/", show_error=False, **how)
 
     async def door(scope: Any, receive: Any, send: Any) -> None:
-        is_open = scope["type"] == "lifespan" or OPEN.fullmatch(scope["path"])
-        await (app if is_open else fastapi.Response(status_code=403))(scope, receive, send)
+        if scope["type"] == "lifespan":
+            return await app(scope, receive, send)
+        headers = dict(scope["headers"])
+        asked_by = headers.get(b"origin", b"").partition(b"://")[2]  # the page that asks
+        is_ours = asked_by in (b"", headers.get(b"host"))
+        path = scope["path"]
+        if not is_ours or len(path) > LONGEST or not OPEN.fullmatch(path):
+            return await fastapi.Response(status_code=403)(scope, receive, send)
+        body = bytearray()
+        while scope.get("method") == "POST":  # read whole, before anything is made of it
+            told = await receive()
+            body += told.get("body", b"")
+            if len(body) > LARGE:
+                return await fastapi.Response(status_code=413)(scope, receive, send)
+            if not told.get("more_body"):
+                break
+        whole = iter([{"type": "http.request", "body": bytes(body)}])
+
+        async def received() -> Any:
+            return next(whole, None) or await receive()
+
+        # what a proxy may say of itself is nobody else's to say
+        own = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded")]
+        await app({**scope, "headers": own}, received, send)
 
     return door
