@@ -66,7 +66,7 @@ class Sampler(Part, ABC):
     def __init__(self, steps: int, rho: float) -> None:
         if not 1 <= steps <= MOST or not rho > 0:
             raise ValueError(
-                f"steps = {steps} must be from 1 to {MOST:,} and rho = {rho} positive."
+                f"steps = {steps} must be at least 1, at most {MOST:,}, and rho = {rho} positive."
             )
         self.steps, self.rho = steps, rho
 
