@@ -12,7 +12,13 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train generate demo evaluate lecture test test-full test-slurm test-browser lint format bench docker docker-train clean
+TARGETS := help setup train generate demo evaluate lecture test test-full test-slurm test-browser lint format bench docker docker-train clean
+.PHONY: $(TARGETS)
+
+UNKNOWN := $(filter-out $(TARGETS) $(SETUP),$(MAKECMDGOALS))
+ifneq ($(UNKNOWN),) # before anything is made of the targets that there are
+$(error there is no target $(UNKNOWN); `make` lists them, and a prompt is given as PROMPT="a dog")
+endif
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

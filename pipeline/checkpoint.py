@@ -180,9 +180,13 @@ class Checkpoint:
                 run kept; see `pipeline.averaging`.
             device: Where it is to be.
         """
-        denoiser = self.part("denoiser", Denoiser)
+        denoiser, weights = self.part("denoiser", Denoiser), self.weights(average)
         try:
-            denoiser.load_state_dict(self.weights(average))
+            for name, own in denoiser.state_dict().items():
+                kind = (weights[name] if name in weights else own).dtype
+                if kind.is_floating_point != own.dtype.is_floating_point:
+                    raise TypeError(f"{name} is of {kind} and not of {own.dtype}")
+            denoiser.load_state_dict(weights)
         except (RuntimeError, TypeError, AttributeError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[min(1, len(lines) - 1)].strip()

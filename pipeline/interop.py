@@ -91,8 +91,12 @@ class ScorePipeline(DiffusionPipeline):
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) likewise.
 
         Raises:
-            ValueError: An argument is of another kind, or out of its range.
+            ValueError: An argument is of another kind, or out of its range, or the model was cast
+                to another dtype.
         """
+        if self.model.dtype != torch.float32:
+            said = f"The model draws in float32 and was cast to {self.model.dtype}"
+            raise ValueError(f"{said}; load it again and give `to` a device alone.")
         own: Any = copy.copy(self.model.generator)
         prompts, n = [prompt] if isinstance(prompt, str) else [*prompt], num_images_per_prompt
         values = [one for one in prompts for _ in range(n)]

@@ -145,7 +145,7 @@ def test_what_is_wrong_in_it_is_one_sentence(
     assert "bad.ckpt" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("weights", ["wider", "fewer", "words"])
+@pytest.mark.parametrize("weights", ["wider", "fewer", "words", "int64", "complex64"])
 def test_weights_that_do_not_fit_are_one_sentence(weights: str, tmp_path: Path) -> None:
     write(tmp_path / "m.ckpt", denoiser(), **PARTS)
     content = torch.load(tmp_path / "m.ckpt", weights_only=True)
@@ -154,6 +154,8 @@ def test_weights_that_do_not_fit_are_one_sentence(weights: str, tmp_path: Path) 
         content["state_dict"][name] = torch.zeros(7, 7)
     elif weights == "fewer":
         del content["state_dict"][name]
+    elif weights != "words":
+        content["state_dict"][name] = content["state_dict"][name].to(getattr(torch, weights))
     else:
         content["state_dict"][name] = "words"
     torch.save(content, tmp_path / "bad.ckpt")

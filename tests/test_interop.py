@@ -60,6 +60,12 @@ def test_steps_and_scale_are_of_one_call(folder: Path) -> None:
             pipe("a red circle", **wrong)
 
 
+def test_another_dtype_is_refused(folder: Path) -> None:
+    pipe = ScorePipeline(ScoreModel.from_pretrained(folder / "model")).to(torch.float16)
+    with pytest.raises(ValueError, match=r"draws in float32 and was cast to torch\.float16"):
+        pipe("a red circle")
+
+
 def test_a_changed_weight_is_refused(folder: Path) -> None:
     ScorePipeline(ScoreModel.from_pretrained(folder / "model")).save_pretrained(folder / "changed")
     assert any(name.endswith("model/model.safetensors") for name in contents(folder / "changed"))

@@ -1,6 +1,7 @@
 """What the README says in Python runs as it stands there."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,11 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = denoiser.schedule(t)[0].view(-1, 1, 1, 1)
     score = alpha * denoiser.score(alpha * x, t, u)
     assert torch.allclose((said["edm"](x, sigma) - x) / 0.49, score, atol=1e-4)
+
+
+def test_a_prompt_without_its_name_draws_nothing() -> None:
+    told = subprocess.run(
+        ["make", "generate", "a dog"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2 and not told.stdout
+    assert "there is no target a dog" in told.stderr and 'PROMPT="a dog"' in told.stderr
