@@ -39,8 +39,7 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prompt_without_its_name_draws_nothing() -> None:
-    told = subprocess.run(
-        ["make", "generate", "a dog"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    make = ["make", "--no-print-directory", "generate", "a dog"]
+    told = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
     assert told.returncode == 2 and not told.stdout
     assert "there is no target a dog" in told.stderr and 'PROMPT="a dog"' in told.stderr
