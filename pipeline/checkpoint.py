@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline import exported
 from pipeline.averaging import LONGEST, reconstruct
 from pipeline.building import brief, build, describe
-from pipeline.codec import Codec, Columns, Pixels
+from pipeline.codec import Codec
 from pipeline.conditioning import Conditioning
 from pipeline.denoisers import Denoiser
 from pipeline.errors import UserError
@@ -128,10 +128,15 @@ class Checkpoint:
     def __init__(self, path: str | Path, trust: Sequence[str] = ()) -> None:
         self.trust = trust
         self.path, self.content = load_newest(locate(path))
-        self.about = upgraded(self.path, self.content)
+        self.about = self.content["pipeline"]
+        if (version := self.about.get("version")) != VERSION:
+            raise UserError(
+                f"{self.path} is of version {version!r} and this program reads version {VERSION}; "
+                "use the program that wrote it."
+            )
         if lacks := [key for key in KEYS if key not in self.about]:
             raise UserError(f"{self.path} does not say its {lacks[0]}; it may be damaged.")
-        prompts, kept = self.prompts, self.content.get("averages", {})
+        prompts, kept = self.prompts, averages(self.content)
         sound = {  # of what is not built
             "data": is_node(self.about["data"]),
             "fingerprint": isinstance(self.about["fingerprint"], str | None),
@@ -265,8 +270,7 @@ def as_length(name: str) -> float | None:
 
 def averages(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """The averages of the weights in a checkpoint, by name."""
-    old = {"ema": content["ema"]} if content.get("ema") else {}  # before version 1
-    return old | content.get("averages", {})
+    return content.get("averages", {})
 
 
 def locate(path: str | Path | None) -> Path:
@@ -323,21 +327,3 @@ def load(path: Path) -> dict[str, Any]:
             "your own denoiser."
         )
     return content
-
-
-def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says, as this version says it."""
-    said = content["pipeline"]
-    version = said.get("version", 0)
-    shape = said.get("shape")
-    sized = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
-    if version == 0 and sized and len(shape) in (1, 3):
-        # the shape alone told pictures from vectors
-        codec = Pixels(*shape) if len(shape) == 3 else Columns(*shape)
-        return {**said, "version": VERSION, "codec": describe(codec)}
-    if version != VERSION:
-        raise UserError(
-            f"{path} is of version {version!r} and this program reads versions up to {VERSION}; "
-            "use the program that wrote it."
-        )
-    return said

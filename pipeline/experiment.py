@@ -66,8 +66,6 @@ def read(files: Sequence[str | Path], options: Sequence[str]) -> Config:
         UserError: A file cannot be read, or has a key that no experiment has.
     """
     config = Config(files, options)
-    for old in ("run", "ckpt_path", "config"):  # in the files of runs of before
-        config.tree.pop(old, None)
     config.known(parts)
     seed = config.resolve(SEED, int | None) or 0
     config.set(SEED, seed)

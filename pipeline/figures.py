@@ -17,12 +17,23 @@ from pipeline.files import whole
 from pipeline.mcmc.targets import Target
 from pipeline.tracking import before
 
-__all__ = ["Metrics", "curves", "grid", "paths", "read_metrics", "save"]
+__all__ = [
+    "Metrics",
+    "curves",
+    "grid",
+    "pairs",
+    "paths",
+    "read_metrics",
+    "save",
+    "scores",
+    "traces",
+]
 
 Metrics = dict[str, tuple[list[int], list[float]]]  # by name: the steps, and the values at them
 
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # of a line, beside its colour
 MARKED = 40  # the most points of a line that are marked
+PLOTTED = 4  # coordinates, the first ones
 LEVELS = (-8.0, -4.5, -2.0, -0.5)  # log p below its maximum: of a Gaussian at 4, 3, 2 and 1 std
 
 
@@ -102,6 +113,65 @@ def paths(target: Target, panels: Mapping[str, Tensor]) -> Figure:
                 axis.plot(*point, marker, color=color, markersize=7, markeredgecolor="white")
         axis.set(title=title, xlabel="x_0")
     axes[0].set_ylabel("x_1")
+    return figure
+
+
+def traces(x: Tensor) -> Figure:
+    """Each coordinate of (draws, chains, D) against the step, a line for each chain."""
+    columns = x.flatten(2)[:, :, :PLOTTED].cpu().unbind(dim=2)
+    figure = Figure(figsize=(9, 1.8 * len(columns)), layout="constrained")
+    axes = figure.subplots(len(columns), squeeze=False, sharex=True)[:, 0]
+    for i, (axis, column) in enumerate(zip(axes, columns, strict=True)):
+        axis.plot(column.numpy(), linewidth=0.4, alpha=0.7)
+        axis.set_ylabel(f"x_{i}")
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def pairs(x: Tensor) -> Figure:
+    """Each coordinate's histogram, and each pair's points: 4,000 of all draws, evenly spaced."""
+    points = x.flatten(2)[:, :, :PLOTTED].flatten(0, 1).cpu()
+    points = points[torch.linspace(0, len(points) - 1, min(len(points), 4000)).long()].numpy()
+    n = points.shape[1]
+    figure = Figure(figsize=(2.2 * n + 1, 2.2 * n + 1), layout="constrained")
+    axes = figure.subplots(n, n, squeeze=False)
+    for i in range(n):
+        for j in range(n):
+            if i == j:
+                axes[i, i].hist(points[:, i], bins=60)
+            elif j < i:
+                axes[i, j].plot(points[:, j], points[:, i], ".", markersize=1, alpha=0.5)
+            else:
+                axes[i, j].axis("off")
+        axes[i, 0].set_ylabel(f"x_{i}")
+        axes[n - 1, i].set_xlabel(f"x_{i}")
+    return figure
+
+
+def scores(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Figure:
+    """Of a sweep: scores against evaluations, a line for each checkpoint, sampler and scale."""
+    panels = {"frechet": f"Fréchet distance, {found[0]['reference']['features']}"}
+    if all("accuracy" in result for result in found):
+        panels["accuracy"] = "attribute accuracy"
+    figure = Figure(figsize=(6.4 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for line in rows:
+            run = Path(line["checkpoint"]).parent.name
+            points = lines.setdefault(f"{run} {line['sampler']}, scale {line['scale']:g}", [])
+            points.append((line["evaluations"], line[name], line[f"{name}_spread"] or 0.0))
+        for label, points in sorted(lines.items()):
+            x, y, spread = zip(*sorted(points), strict=True)
+            axis.errorbar(x, y, spread, marker="o", capsize=3, label=label)
+        if name == "frechet":
+            floor = found[0]["floor"][name]
+            axis.axhline(floor, color="grey", linestyle=":", label="true pictures")
+        axis.set(xlabel="network evaluations for a picture", ylabel=title, xscale="log")
+        asked = sorted({result["evaluations"] for result in found})
+        axis.set_xticks(asked, [f"{n:g}" for n in asked], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.legend(fontsize=8)
     return figure
 
 

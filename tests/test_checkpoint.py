@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import equal, fit, read
+from tiny import fit, read
 from torch import Tensor
 
-from pipeline.checkpoint import VERSION, Checkpoint, about, averages, write
+from pipeline.checkpoint import VERSION, Checkpoint, about, write
 from pipeline.codec import Columns, Pixels
 from pipeline.conditioning import Classes
 from pipeline.data import DataModule, Shapes
@@ -85,29 +85,6 @@ def test_everything_is_said_once(run: Path) -> None:
         data.prompts(),
     )
     assert again == told
-
-
-def old(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as it was written before it had a version."""
-    told = dict(checkpoint["pipeline"])
-    del told["version"], told["codec"]
-    data = told["data"]["init_args"] | {"conditioning": told["conditioning"]}
-    told |= {"shape": [3, 32, 32], "data": told["data"] | {"init_args": data}}
-    (average,) = checkpoint["averages"].values()
-    return {**checkpoint, "pipeline": told, "ema": average, "averages": {}}
-
-
-def test_a_file_of_before_is_read(run: Path, tmp_path: Path) -> None:
-    checkpoint = read(run)
-    torch.save(old(checkpoint), tmp_path / "old.ckpt")
-    found = Checkpoint(tmp_path / "old.ckpt")
-    assert equal(averages(found.content)["ema"], checkpoint["averages"]["0.9"])
-    pictures = [
-        torch.cat(list(Generator.from_checkpoint(file)(["a red circle"], [5], micro_batch=2)))
-        for file in (run, tmp_path / "old.ckpt")
-    ]
-    assert torch.equal(*pictures) and pictures[0].dtype == torch.uint8
-    assert isinstance(found.data(DataModule), Shapes)
 
 
 def damage(told: dict[str, Any], key: str, value: object) -> dict[str, Any]:

@@ -113,7 +113,7 @@ SIDES = {"channels": 3, "height": 0, "width": 32}
     [
         ({"weights": "0" * 64}, "is not the file that config.json was written with"),
         ({"format": "diffusers"}, "is not of a model of ours"),
-        ({"version": 99}, "version 99 and this program reads versions up to 1"),
+        ({"version": 99}, "version 99 and this program reads version 1"),
         ({"denoiser": {"class_path": "os.system"}}, "not in a trusted package"),
         ({"fingerprint": "0" * 64}, "was trained with another TextEncoder"),
         ({"codec": {"class_path": "pipeline.samplers.Heun"}}, "which is no Codec"),

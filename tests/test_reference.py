@@ -12,8 +12,7 @@ from pipeline.cli import main
 from pipeline.data import Points, Shapes
 from pipeline.errors import UserError
 from pipeline.evaluation.features import Own
-from pipeline.evaluation.reference import digest_of, reference_of
-from pipeline.evaluation.statistics import Reference
+from pipeline.evaluation.reference import Reference, digest_of, reference_of
 from pipeline.mcmc.targets import GaussianMixture
 from pipeline.noise import Noise
 

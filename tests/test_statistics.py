@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline.distributed import gather
 from pipeline.errors import UserError
-from pipeline.evaluation.statistics import Reference, Statistics, by_class
+from pipeline.evaluation.reference import Reference
+from pipeline.evaluation.statistics import Statistics, by_class
 from pipeline.noise import Noise
 
 DIM = 5
@@ -140,8 +141,6 @@ def test_a_reference_comes_back(tmp_path: Path) -> None:
 
 def test_a_stale_or_foreign_reference_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
-    with pytest.raises(UserError, match="There is no reference"):
-        Reference.load(path, ABOUT)
     reference().save(path)
     for key in ABOUT:
         with pytest.raises(UserError, match=f"is about {key} .* and 'other' is asked for"):

@@ -53,7 +53,7 @@ class Last(Checkpoint):
         return {"owed": self.owed, "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.owed, self.validated = state_dict["owed"], state_dict.get("validated", 0)
+        self.owed, self.validated = state_dict["owed"], state_dict["validated"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signum, self.step, self.written = 0, trainer.global_step, time.monotonic()

@@ -42,9 +42,9 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     from safetensors.torch import save_file
 
     from pipeline.building import Config, dump, make
+    from pipeline.figures import pairs, save, traces
     from pipeline.mcmc import sample
     from pipeline.mcmc.diagnostics import table
-    from pipeline.mcmc.plots import plot_pairs, plot_traces
 
     config = Config(args.config, options)
     config.tree.pop("out", None)  # where another run was written
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
         with whole(out / "draws.safetensors") as part:
             save_file(tensors, part, {"command": line, "config": text})
         (out / "config.yaml").write_text(text, encoding="utf-8")
-        plot_traces(draws.x, out / "trace.png")
-        plot_pairs(draws.x, out / "pairs.png")
+        save(traces(draws.x), out / "trace.png", {"command": line})
+        save(pairs(draws.x), out / "pairs.png", {"command": line})
         print(f"draws.safetensors, config.yaml, trace.png and pairs.png are in {out}")
     return 0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.measure import DISTANCES
-from pipeline.evaluation.plot import plot
 from pipeline.evaluation.store import Store
+from pipeline.figures import save, scores
 
 __all__ = ["block", "context", "row", "summarise"]
 
@@ -23,7 +23,7 @@ def summarise(
     rows = [row(result) for result in found]
     if several:
         print(table(rows))
-        plot(found, rows, store.folder / "sweep.png")
+        save(scores(found, rows), store.folder / "sweep.png", {})
         print(f"One JSON for each line, a sheet beside it, and sweep.png are in {store.folder}")
     for said in dict.fromkeys(map(context, found)):
         print(said)

@@ -15,21 +15,14 @@ References:
     | http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
 """
 
-import json
 from collections.abc import Hashable, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.distributed import place, total
-from pipeline.errors import UserError
-from pipeline.files import whole
 
-__all__ = ["Reference", "Statistics", "by_class"]
+__all__ = ["Statistics", "by_class"]
 
 
 class Statistics:
@@ -110,70 +103,3 @@ def by_class(features: Tensor, labels: Sequence[Hashable]) -> dict[Hashable, Sta
         rows.setdefault(label, []).append(row)
     how = features.shape[1], features.device
     return {label: Statistics(*how).update(features[some]) for label, some in rows.items()}
-
-
-class Reference(NamedTuple):
-    """What generated pictures are compared with: the statistics of a data set, and some of its
-    features for the distances that need them one by one.
-
-    Arguments:
-        statistics: Of all N pictures.
-        features: Features of K of them, float32, with shape :math:`(K, D)`.
-        rows: Which these are, ascending, int64, with shape :math:`(K,)`.
-        about: What decides all this, as names and words: the data's digest, the features'
-            fingerprint, …
-    """
-
-    statistics: Statistics
-    features: Tensor
-    rows: Tensor
-    about: dict[str, str]
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all; `about` is its metadata."""
-        tensors = {
-            "n": torch.tensor(self.statistics.n),
-            "mean": self.statistics.mean.cpu(),
-            "scatter": self.statistics.scatter.cpu(),
-            "features": self.features.float().cpu().contiguous(),
-            "rows": self.rows.cpu(),
-        }
-        try:
-            with whole(path) as part:
-                save_file(tensors, part, metadata=self.about)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"The reference cannot be written to {path}: {error}") from error
-
-    @classmethod
-    def load(cls, path: str | Path, about: dict[str, str]) -> "Reference":
-        """Reads a file written by :meth:`save`, if it is about what is asked for.
-
-        Arguments:
-            about: What has to be the same in its metadata; further entries of it may be anything.
-
-        Raises:
-            UserError: There is no such file, it is another kind of file or cut short, or it is
-                about something else.
-        """
-        if not Path(path).is_file():
-            raise UserError(f"There is no reference {path}; `python -m pipeline reference` makes.")
-        try:
-            with safe_open(path, "pt") as file:
-                told = file.metadata() or {}
-                for key, value in about.items():
-                    if told.get(key) != value:
-                        raise UserError(
-                            f"The reference {path} is about {key} {told.get(key)!r}, and "
-                            f"{value!r} is asked for; make one with `python -m pipeline "
-                            "reference`."
-                        )
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            statistics = Statistics(len(tensors["mean"]))
-            statistics.n = int(tensors["n"])
-            statistics.mean, statistics.scatter = tensors["mean"], tensors["scatter"]
-            return cls(statistics, tensors["features"], tensors["rows"], told)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path} cannot be read as a reference ({json.dumps(str(error)[:100])}); it may "
-                "be cut short or another kind of file."
-            ) from error
