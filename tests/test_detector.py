@@ -8,7 +8,8 @@ import torch
 
 from pipeline.codec import Pixels
 from pipeline.data.shapes import Attributes, Relations, Shapes
-from pipeline.evaluation.shapes import accuracy, chance, grain, read
+from pipeline.evaluation.adherence import chance, right
+from pipeline.evaluation.shapes import VALUES, columns, grain, read
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,10 @@ def blur(x: np.ndarray, sigma: float) -> np.ndarray:
     y = torch.nn.functional.pad(y, (12, 12, 12, 12), mode="replicate")
     y = torch.conv2d(torch.conv2d(y, kernel[None, None, None]), kernel[None, None, :, None])
     return y.reshape(x.shape).numpy().astype(np.uint8)
+
+
+def accuracy(pictures: np.ndarray, wanted: list[Attributes]) -> dict[str, float]:
+    return right(columns(read(pictures)), columns(wanted))
 
 
 def readable(pictures: np.ndarray) -> float:
@@ -74,31 +79,35 @@ def test_what_is_no_picture_is_not_read(drawn: tuple[np.ndarray, list[Attributes
 
 def test_grain_is_the_noise_of_the_ground(drawn: tuple[np.ndarray, list[Attributes]]) -> None:
     x = drawn[0][:240].astype(np.float64)
-    assert grain(drawn[0][:240]) == 0
+    assert grain(drawn[0][:240], drawn[1][:240]) == 0
     noise = np.random.default_rng(0).normal(size=x.shape)
     for sigma in (4.0, 8.0):
         noisy = (x + sigma * noise).round().clip(0, 255).astype(np.uint8)
         # half of it is cut off at white; rounding adds half of 1/12 to half of σ², 3e-3 of it at
         # most, and 1e5 pixels leave 5e-3
-        assert grain(noisy) == pytest.approx(sigma / 2**0.5, rel=1e-2)
-    assert grain(x.clip(0, 240).astype(np.uint8)) == pytest.approx(15)  # a grey ground is far too
-    assert grain(np.zeros((3, 3, 32, 32), np.uint8)) is None
+        assert grain(noisy, read(noisy)) == pytest.approx(sigma / 2**0.5, rel=1e-2)
+    grey = x.clip(0, 240).astype(np.uint8)  # far too dark a ground
+    assert grain(grey, read(grey)) == pytest.approx(15)
+    assert grain(np.zeros((3, 3, 32, 32), np.uint8), [None] * 3) is None
 
 
 def test_wrong_prompts_are_wrong(drawn: tuple[np.ndarray, list[Attributes]]) -> None:
     x, plan = drawn
     order = np.random.default_rng(0).permutation(len(plan))
-    found = accuracy(x, [plan[i] for i in order])
+    asked = [plan[i] for i in order]
+    found, by_chance = accuracy(x, asked), chance(columns(asked), VALUES)
     for name in ("colour", "shape", "size", "position", "mean", "all"):
         # five standard deviations of a binomial of 2,160
-        assert abs(found[name] - found[f"chance_{name}"]) < 5 * np.sqrt(0.25 / len(plan))
+        assert abs(found[name] - by_chance[name]) < 5 * np.sqrt(0.25 / len(plan))
 
 
 def test_chance() -> None:
-    whole = chance([Attributes("red", "circle", "small", "centre")])
-    assert whole["chance_all"] == pytest.approx(1 / 240)
-    assert whole["chance_mean"] == pytest.approx((1 / 6 + 1 / 4 + 1 / 2 + 1 / 5) / 4)
-    assert chance([Attributes("red", "circle")])["chance_all"] == pytest.approx(1 / 24)
+    whole = chance(columns([Attributes("red", "circle", "small", "centre")]), VALUES)
+    assert whole["all"] == pytest.approx(1 / 240)
+    assert whole["mean"] == pytest.approx((1 / 6 + 1 / 4 + 1 / 2 + 1 / 5) / 4)
+    some = [Attributes("red", "circle"), Attributes("red", "circle", "small")]
+    part = chance(columns(some), VALUES)
+    assert part["all"] == pytest.approx((1 / 24 + 1 / 48) / 2) and "position" not in part
 
 
 def test_what_was_not_asked_is_free(drawn: tuple[np.ndarray, list[Attributes]]) -> None:

@@ -90,8 +90,7 @@ def test_what_is_spent_stays_within_its_share(
     evaluation.on_train_start(trainer, module)  # type: ignore
     while clock[0] < 400:
         clock[0] += 25
-        evaluation.on_validation_batch_end(trainer, module, None, None, 1)  # type: ignore
-        evaluation.on_validation_batch_end(trainer, module, None, None, 0)  # type: ignore
+        evaluation.on_validation_epoch_end(trainer, module)  # type: ignore
     # k scores of 10 s may be spent once 100 k s were trained, so the second, at the first chance
     # from 200 + 10 s on, then the third from 300 + 20 s on; the fourth would be due at 430 s
     assert scored == [25, 210, 320]

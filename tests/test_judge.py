@@ -12,7 +12,8 @@ from PIL import Image as Pillow
 from pipeline.data import Hub
 from pipeline.errors import UserError
 from pipeline.evaluation import judge as room
-from pipeline.evaluation.judge import Judge, judge_of, right
+from pipeline.evaluation.adherence import adherence, right
+from pipeline.evaluation.judge import Judge, judge_of
 from pipeline.evaluation.measure import Measure
 from pipeline.evaluation.report import block, context
 
@@ -74,19 +75,20 @@ def test_it_reads_a_pair_that_it_never_saw(tmp_path: Path) -> None:
     x, order = torch.from_numpy(np.array(of.rows("val").x)), np.random.default_rng(0)
     wanted = of.labelled("val")
     assert wanted == {"colour": ["blue"] * 5, "style": ["framed"] * 5}
-    found = judge.adherence(x, wanted, order)
+    values = {name: len(known) for name, known in judge.values.items()}
+    found = adherence(judge.read(x), wanted, values, order)
     assert found["accuracy"] == {"colour": 1, "style": 1, "mean": 1, "all": 1}
     assert found["chance"] == pytest.approx(
         {"colour": 1 / 6, "style": 1 / 2, "mean": 1 / 3, "all": 1 / 12}
     )
     every = of.labelled("train")
     x = torch.from_numpy(np.array(of.rows("train").x))
-    found = judge.adherence(x, every, order)
+    found = adherence(judge.read(x), every, values, order)
     assert found["accuracy"]["all"] == 1 and found["shuffled"]["all"] < 0.5
     noise = torch.from_numpy(order.integers(0, 256, (300, 3, 16, 16), dtype=np.uint8))
     asked = {name: [column[k % 55] for k in range(300)] for name, column in every.items()}
     # which it cannot know: what it says of all is the same thing, and right for some
-    assert judge.adherence(noise, asked, order)["accuracy"]["all"] < 0.3
+    assert right(judge.read(noise), asked)["all"] < 0.3
 
 
 def test_a_label_is_read_by_what_tells_it() -> None:

@@ -70,11 +70,8 @@ class Evaluation(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         self.start, self.spent, self.last = time.monotonic(), 0.0, 0.0
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: ScoreModule, _: Any, batch: Any, k: int, *__: Any
-    ) -> None:
-        # not on_validation_epoch_end, where the averaged weights may be gone already
-        if k or self.measure is None or trainer.sanity_checking:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
+        if self.measure is None or trainer.sanity_checking:
             return
         start = time.monotonic()
         trained = start - self.start - self.spent

@@ -38,12 +38,9 @@ class SampleSheet(pl.Callback):
             raise ValueError("prompts is empty: name what the sheet shall show, or leave it out.")
         self.prompts, self.number, self.columns = prompts, number, columns
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: ScoreModule, _: Any, batch: Any, k: int, *__: Any
-    ) -> None:
-        # not on_validation_epoch_end, where the averaged weights may be gone already
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: ScoreModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if k or type(data.codec).sheet is Codec.sheet:
+        if type(data.codec).sheet is Codec.sheet:
             return
         prompts = self.prompts or data.prompts(self.number)
         generator = pl_module.generator(data, together=True)

@@ -8,7 +8,7 @@ be near each other (`clip_score`).
 A space holds prompts if it has a text half, as `CLIP` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +20,13 @@ from torch.nn.functional import interpolate, normalize
 from pipeline.conditioning import TextEncoder
 from pipeline.data import Attributes
 from pipeline.errors import UserError
+from pipeline.evaluation import shapes
 from pipeline.evaluation.features import Vision
-from pipeline.evaluation.shapes import accuracy, grain
 
-__all__ = ["CLIP", "clip_score", "distinct", "retrieval_accuracy", "shapes_adherence"]
+__all__ = ["CLIP", "adherence", "chance", "clip_score", "distinct", "retrieval_accuracy", "right"]
+__all__ += ["shapes_adherence"]
+
+Columns = Mapping[str, Sequence[str | None]]  # of each label, the values one by one
 
 
 def shapes_adherence(
@@ -36,21 +39,59 @@ def shapes_adherence(
         order: Decides how prompts are shuffled.
 
     Returns:
-        Plain numbers: "accuracy" of each attribute, of their "mean" and of "all" together; the
-        same for the prompts in another order, "shuffled", which shows that the prompt decided; and
-        "chance"; the part that shows one object at all, "read"; and how far their ground is from
-        flat in grey levels, "grain".
+        Plain numbers: the part that shows one object at all, "read"; how far their ground is from
+        flat in grey levels, "grain"; and what :func:`adherence` says.
     """
-    right = accuracy(pictures, wanted)
-    wrong = accuracy(pictures, [wanted[k] for k in order.permutation(len(wanted))])
-    names = ("colour", "shape", "size", "position", "mean", "all")
+    found = shapes.read(pictures)
+    shown = float(np.mean([one is not None for one in found]))
+    asked = adherence(shapes.columns(found), shapes.columns(wanted), shapes.VALUES, order)
+    return {"read": shown, "grain": shapes.grain(pictures, found), **asked}
+
+
+def adherence(
+    found: Columns, wanted: Columns, values: Mapping[str, int], order: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    """How often what was found in pictures is what was wanted, label by label.
+
+    Arguments:
+        found: What each shows; None where it could not be read, which is wrong.
+        wanted: What was asked of each; None where it was not asked, which counts for nothing.
+        values: How many values each label has.
+        order: Decides how prompts are shuffled.
+
+    Returns:
+        The "accuracy" of each label that was asked, of their "mean" and of "all" together; the
+        same for the prompts in another order, "shuffled", which shows that the prompt decided; and
+        the "chance" of a model that draws a random combination, deaf to the prompt.
+    """
+    n = len(next(iter(wanted.values())))
+    places: list[int] = order.permutation(n).tolist()
+    shuffled = {name: [column[k] for k in places] for name, column in wanted.items()}
     return {
-        "read": right["read"],
-        "grain": grain(pictures),
-        "accuracy": {name: right[name] for name in names},
-        "shuffled": {name: wrong[name] for name in names},
-        "chance": {name: right[f"chance_{name}"] for name in names},
+        "accuracy": right(found, wanted),
+        "shuffled": right(found, shuffled),
+        "chance": chance(wanted, values),
     }
+
+
+def right(found: Columns, wanted: Columns) -> dict[str, float]:
+    """The share of each label that is right, the mean of these, and the share of all right."""
+    pairs = {name: list(zip(found[name], column, strict=True)) for name, column in wanted.items()}
+    hits = {
+        name: [have == want for have, want in of if want is not None] for name, of in pairs.items()
+    }
+    part = {name: float(np.mean(own)) for name, own in hits.items() if own}
+    every = np.all([[want in (None, have) for have, want in of] for of in pairs.values()], axis=0)
+    return part | {"mean": float(np.mean(list(part.values()))), "all": float(np.mean(every))}
+
+
+def chance(wanted: Columns, values: Mapping[str, int]) -> dict[str, float]:
+    """What :func:`right` is on average for values drawn at random, each as often."""
+    asked = {name: [one is not None for one in column] for name, column in wanted.items()}
+    part = {name: 1 / values[name] for name, of in asked.items() if any(of)}
+    each = [[part[name] if one else 1.0 for one in asked[name]] for name in part]
+    every = float(np.mean(np.prod(each, axis=0)))
+    return part | {"mean": float(np.mean(list(part.values()))), "all": every}
 
 
 class CLIP(Vision):

@@ -170,34 +170,6 @@ class Judge(nn.Module):
                 found[name] += [known[k] for k in logits.argmax(dim=1).tolist()]
         return found
 
-    def adherence(
-        self, pictures: Tensor, wanted: Labels, order: np.random.Generator
-    ) -> dict[str, Any]:
-        """Read back, label by label, what was wanted of uint8 pictures (N, C, H, W).
-
-        Arguments:
-            order: Decides how prompts are shuffled.
-
-        Returns:
-            Plain numbers: the "accuracy" of each label, of their "mean" and of "all" together; the
-            same for the prompts in another order, "shuffled"; and "chance".
-        """
-        found, n = self.read(pictures), len(pictures)
-        places: list[int] = order.permutation(n).tolist()
-        shuffled = {name: [column[k] for k in places] for name, column in wanted.items()}
-        chance = {name: 1 / len(known) for name, known in self.values.items()}
-        mean, every = sum(chance.values()) / len(chance), math.prod(chance.values())
-        right_ones = {"accuracy": right(found, wanted), "shuffled": right(found, shuffled)}
-        return right_ones | {"chance": chance | {"mean": mean, "all": every}}
-
-
-def right(found: Labels, wanted: Labels) -> dict[str, float]:
-    """The share of each label that is right, the mean of these, and the share of all right."""
-    hits = {name: np.array(found[name]) == np.array(wanted[name]) for name in found}
-    part = {name: float(hit.mean()) for name, hit in hits.items()}
-    every = np.all(list(hits.values()), axis=0)
-    return part | {"mean": float(np.mean(list(part.values()))), "all": float(every.mean())}
-
 
 def judge_of(data: DataModule, device: torch.device | str = "cpu") -> Judge | None:
     """The judge of the labels that the data have, or None; taught once and kept."""

@@ -109,7 +109,8 @@ class Measure:
         if self.judge is None:
             return {}
         wanted = {name: column[: len(pictures)] for name, column in self.wanted.items()}
-        return self.judge.adherence(pictures, wanted, order)
+        values = {name: len(known) for name, known in self.judge.values.items()}
+        return adherence.adherence(self.judge.read(pictures), wanted, values, order)
 
     @cached_property
     def floor(self) -> dict[str, Any]:

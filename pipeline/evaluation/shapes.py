@@ -17,7 +17,6 @@ What fails a test is read as None: not a picture of one object. The thresholds l
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from torch.nn.functional import max_pool2d
 from pipeline.data import Attributes, coverage
 from pipeline.data.shapes import BACKGROUND, COLOURS, POSITIONS, SHAPES, SIZES
 
-__all__ = ["accuracy", "chance", "grain", "read"]
+__all__ = ["VALUES", "columns", "grain", "read"]
 
 GROUND = 0.4  # the least part of the picture that is ground
 COLOUR = 70.0  # RGB distance of the object's mean colour from its palette colour
@@ -41,6 +40,7 @@ GAP = 2  # pixels between the object and what counts as ground: edges are soften
 AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 2.56}  # of a half-extent of 1
 SINK = {"triangle": 1 / 3}  # how far the centroid lies below the middle, in half-extents
 WHITE = np.array(BACKGROUND, np.float32)[:, None, None]
+VALUES = dict(zip(Attributes._fields, map(len, (COLOURS, SHAPES, SIZES, POSITIONS)), strict=True))
 PALETTE = np.array(list(COLOURS.values()), np.float32)  # (K, 3)
 
 
@@ -123,40 +123,20 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.minimum(a, b).sum((1, 2)) / np.maximum(a, b).sum((1, 2)).clip(1)
 
 
-def accuracy(pictures: Tensor | np.ndarray, wanted: Sequence[Attributes]) -> dict[str, Any]:
-    r"""How well uint8 pictures (N, 3, 32, 32) show what was asked for.
-
-    What was not asked for (None) counts for nothing; an unread picture gets every asked one wrong.
-
-    Returns: `colour`, `shape`, `size`, `position`: the part right; `mean`: of these four; `all`:
-        the part with everything right; `read`: the part that shows one object at all;
-        `chance_colour` …: what :func:`chance` says.
-    """
-    found = read(pictures)
-    if len(found) != len(wanted):
-        raise ValueError(
-            f"There are {len(found)} pictures and {len(wanted)} captions; expected as many."
-        )
-    right = {name: [] for name in Attributes._fields}
-    for one, want in zip(found, wanted, strict=True):
-        for name, value in want._asdict().items():
-            if value is not None:
-                right[name].append(one is not None and getattr(one, name) == value)
-    part = {name: float(np.mean(hits)) for name, hits in right.items() if hits}
-    every = [one is not None and fits(one, want) for one, want in zip(found, wanted, strict=True)]
-    part |= {"mean": float(np.mean(list(part.values()))), "all": float(np.mean(every))}
-    return part | {"read": float(np.mean([one is not None for one in found]))} | chance(wanted)
+def columns(rows: Sequence[Attributes | None]) -> dict[str, list[str | None]]:
+    """The attributes of all, one by one; None where nothing was read or asked."""
+    return {name: [getattr(one, name, None) for one in rows] for name in Attributes._fields}
 
 
-def grain(pictures: Tensor | np.ndarray) -> float | None:
+def grain(pictures: Tensor | np.ndarray, found: Sequence[Attributes | None]) -> float | None:
     r"""How far the ground is from flat, in grey levels: the root of the mean square difference
     from the ground's colour, over channels and all pixels more than two from the object.
 
     White is the end of the range: noise of standard deviation σ around it, cut off there, has a
     grain of :math:`\sigma / \sqrt{2}`. It is `None` where none of the uint8 pictures
-    (N, 3, 32, 32) shows one object.
+    (N, 3, 32, 32) shows one object, by what was found in them.
     """
-    shown = np.array([one is not None for one in read(pictures)])
+    shown = np.array([one is not None for one in found])
     pixels, square, count = torch.as_tensor(pictures).cpu().numpy()[shown], 0.0, 0
     for some in np.array_split(pixels, len(pixels) // 256 + 1):
         x = some.astype(np.float32)
@@ -166,24 +146,3 @@ def grain(pictures: Tensor | np.ndarray) -> float | None:
             ground = ((x - WHITE) ** 2).mean(1)[~near.numpy()]
             square, count = square + float(ground.sum(dtype=np.float64)), count + ground.size
     return (square / count) ** 0.5 if count else None
-
-
-def fits(one: Attributes, want: Attributes) -> bool:
-    return all(value in (None, have) for value, have in zip(want, one, strict=True))
-
-
-def chance(wanted: Sequence[Attributes]) -> dict[str, float]:
-    r"""What a model that draws a perfect picture of a uniformly random combination, deaf to the
-    prompt, would reach.
-
-    .. math:: \tfrac{1}{6}, \tfrac{1}{4}, \tfrac{1}{2}, \tfrac{1}{5}
-        \text{ for colour, shape, size, position}; \qquad
-        \prod_{\text{asked}} \tfrac{1}{|\text{values}|} \text{ for all, its mean over prompts}
-    """
-    values = zip(Attributes._fields, (COLOURS, SHAPES, SIZES, POSITIONS), strict=True)
-    part = {name: 1 / len(known) for name, known in values}
-    said = [[name for name in part if getattr(want, name) is not None] for want in wanted]
-    asked = {name: value for name, value in part.items() if any(name in one for one in said)}
-    whole = [np.prod([part[name] for name in one]) for one in said]
-    chances = asked | {"mean": float(np.mean(list(asked.values()))), "all": float(np.mean(whole))}
-    return {f"chance_{name}": value for name, value in chances.items()}
