@@ -312,10 +312,6 @@ class Flow(Preconditioned):
 
     References:
         | Lipman et al., 2023; https://arxiv.org/abs/2210.02747
-
-    Arguments:
-        network: The network F(x, level, u), whose output has the shape of x.
-        schedule: The noise schedule.
     """
 
     def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
@@ -336,10 +332,6 @@ class Epsilon(Preconditioned):
 
     References:
         | Ho et al., 2020, equations (11), (14); https://arxiv.org/abs/2006.11239
-
-    Arguments:
-        network: The network F(x, level, u), whose output has the shape of x.
-        schedule: The noise schedule.
     """
 
     def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:
@@ -360,10 +352,6 @@ class V(Preconditioned):
 
     References:
         | Salimans & Ho, 2022, section 4 and appendix D; https://arxiv.org/abs/2202.00512
-
-    Arguments:
-        network: The network F(x, level, u), whose output has the shape of x.
-        schedule: The noise schedule.
     """
 
     def scales(self, s: Scale) -> tuple[Scale, Scale, Scale]:

@@ -52,12 +52,12 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     facts = {"weights": f"{average!r}, after {content.get('global_step', 'unknown')} steps"}
     name = "unknown" if data is None else data["class_path"].rpartition(".")[2]
     facts["data and their licence"] = args.data or f"{name}; the licence was not stated"
-    weights = checkpoint.denoiser(average).state_dict()
     with join(args.device) as device:  # what cannot draw is not written
-        sheet = draw(Generator.from_checkpoint(checkpoint.path, device, args.trust, average))
+        generator = Generator.from_checkpoint(checkpoint.path, device, args.trust, average)
+        sheet = draw(generator)
     named = exported.SHEET if sheet is not None else None
     card = exported.model_card(checkpoint.about, facts, figures, named, args.license)
-    exported.save(args.out, checkpoint.about, weights, card)
+    exported.save(args.out, checkpoint.about, generator.denoiser.state_dict(), card)
     if sheet is not None:
         with whole(Path(args.out) / exported.SHEET) as part:
             sheet.save(part, format="PNG")
