@@ -99,7 +99,7 @@ def reconstruct(
     kept = [(float(step), one) for one in own]
     parts: list[tuple[Path | None, float]] = [(None, one) for one in own]
     for file in sorted((folder / FOLDER).glob("*.safetensors")):
-        if file.stem.isdigit() and int(file.stem) < step:
+        if file.stem.isdecimal() and int(file.stem) < step:
             kept += [(float(file.stem), one) for one in own]
             parts += [(file, one) for one in own]
     weights, missed = combination(kept, (step, length))

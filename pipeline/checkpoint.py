@@ -13,7 +13,6 @@ A model that was exported (`pipeline.exported`) is read as a checkpoint of one s
 It is read without executing anything in it, and may name members of the families above only.
 """
 
-import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -230,7 +229,10 @@ class Checkpoint:
         """The data module it was trained on."""
         node, conditioning = self.about["data"], self.conditioning()
         if node is None:
-            raise UserError(f"{self.path} was trained from Python and does not say its data.")
+            raise UserError(
+                f"{self.path} does not say its data, being exported or trained from Python; give "
+                "the checkpoint of its run."
+            )
         given = node.get("init_args") or {}
         if "conditioning" in given:
             given = {**given, "conditioning": conditioning}
@@ -312,10 +314,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"There is no checkpoint {path}; `make train` makes one in runs/, or name another."
         )
-    broken = RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except broken as error:
+    except Exception as error:  # whatever bytes that are no pickle provoke
         raise UserError(
             f"{path} cannot be read as a checkpoint; it may be cut short or another kind of file."
         ) from error

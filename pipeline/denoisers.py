@@ -289,10 +289,10 @@ class EDM(Preconditioned):
 
     def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 0.5) -> None:
         super().__init__(network, schedule)
-        if not sigma_data > 0:
+        if not 0 < sigma_data < 1e6:
             raise ValueError(
-                f"sigma_data = {sigma_data} must be positive: it is a standard deviation of "
-                f"the data."
+                f"sigma_data = {sigma_data} must be positive and below 1e6: it is a standard "
+                "deviation of the data."
             )
         self.sigma_data = sigma_data
 

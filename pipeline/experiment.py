@@ -36,6 +36,8 @@ __all__ = ["Experiment", "keep_memory", "newest_config", "quiet", "read"]
 
 SEED = "seed_everything"
 CONFIG = "config.yaml"
+# of a checkpoint of Lightning, beside the weights
+TRAINED = ("global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
 RESULTS = (LAST, BEFORE, "best.ckpt", "sheets", "csv", "wandb")  # what makes a folder a run
 NETWORK = "model.denoiser.network"
 SHARDED = "FSDP"  # the strategy of ours, pipeline.engines
@@ -165,8 +167,13 @@ class Experiment:
         """Say what a checkpoint cannot be gone on with as.
 
         Raises:
-            UserError: It is of another model, or of another condition.
+            UserError: It is of another model, or of another condition, or holds weights alone.
         """
+        if lacks := [name for name in TRAINED if name not in start.content]:
+            raise UserError(
+                f"{start.path} holds weights and no training to go on with (it lacks {lacks[0]}): "
+                "give the last.ckpt of a run, or begin with these weights by --init_from."
+            )
         old, new = describe(start.part("denoiser", Denoiser)), describe(model.denoiser)
         unlike = list(differences(old, new, "model.denoiser"))
         conditioning = self.data.conditioning
@@ -260,7 +267,7 @@ def new_run(folder: Path) -> Path:
 
 def newest_config(run: Path) -> Path:
     """How the run was last gone on with."""
-    numbered = [f for f in run.glob("config-*.yaml") if f.stem.partition("-")[2].isdigit()]
+    numbered = [f for f in run.glob("config-*.yaml") if f.stem.partition("-")[2].isdecimal()]
     return max(numbered, key=lambda f: int(f.stem.partition("-")[2]), default=run / CONFIG)
 
 

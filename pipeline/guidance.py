@@ -20,6 +20,8 @@ from pipeline.schedules import expand_as_batch
 
 __all__ = ["Autoguidance", "ByPart", "ClassifierFree", "Guidance", "Guided", "under"]
 
+LARGEST = 1e38  # scale, of which float32 is able
+
 
 class Guidance(Part, ABC):
     r"""A way to strengthen a condition. It is given the denoiser when called; it may hold another.
@@ -56,6 +58,8 @@ class Guidance(Part, ABC):
                 f"interval = {list(interval)} must be the least and the greatest noise ratio, "
                 "0 ≤ least < greatest, such as [0.2, 3]."
             )
+        if not abs(scale) <= LARGEST:
+            raise ValueError(f"scale = {scale} must lie between -{LARGEST:g} and {LARGEST:g}.")
         self.scale = float(scale)
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
 

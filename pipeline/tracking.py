@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import UserError
 from pipeline.files import whole
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ def _csv(run: Path, step: int) -> "CSVLogger":
     logger._experiment = writer = Writer(logger.log_dir)
     file = Path(writer.metrics_file_path)
     if file.exists():
-        with file.open(newline="", encoding="utf-8") as opened:
-            table = csv.DictReader(opened)
-            rows = [row for row in table if before(row, step)]
-        writer.metrics_keys = list(table.fieldnames or [])
+        try:
+            with file.open(newline="", encoding="utf-8") as opened:
+                table = csv.DictReader(opened)
+                writer.metrics_keys = list(table.fieldnames or [])
+                rows = [row for row in table if before(row, step)]
+        except (csv.Error, ValueError) as error:
+            said = f"{file} is no longer the table that the run wrote ({error})"
+            raise UserError(f"{said}; move it away to go on with a new one.") from error
         with whole(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
             kept = csv.DictWriter(opened, writer.metrics_keys)
             kept.writeheader()
@@ -61,7 +66,7 @@ def _csv(run: Path, step: int) -> "CSVLogger":
 def before(row: dict[str, Any], step: int) -> bool:
     """Whether a row is whole and was written before a step."""
     number = row.get("step") or ""
-    return number.isdigit() and int(number) < step and None not in row.values()
+    return number.isdecimal() and int(number) < step and None not in row.values()
 
 
 def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":
@@ -85,9 +90,12 @@ def _wandb(run: Path, project: str, mode: str) -> "WandbLogger":
     try:
         logger.experiment  # noqa: B018  it is opened at the first look
     except Exception as error:  # whatever a client meets on its way to a server
-        if offline:
-            raise
         reason = " ".join(str(error).split())[:200]
+        if offline:
+            raise UserError(
+                f"Weights & Biases does not take the run ({reason}): correct --project, "
+                f"WANDB_RUN_ID or {run / 'wandb-id'}, or set WANDB_MODE=disabled."
+            ) from error
         print(
             f"warning: Weights & Biases cannot be reached ({reason}); the run is kept offline in "
             f"{run / 'wandb'}, and `wandb sync` sends it later.",
@@ -113,6 +121,8 @@ def _logged_in() -> bool:
 def _identity(run: Path) -> str:
     """The id of the run's W&B run, kept in its folder."""
     file = run / "wandb-id"
-    if not file.exists():
-        file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    return file.read_text().strip()
+    kept = file.read_text("utf-8", "replace").strip() if file.exists() else ""
+    if not kept:
+        kept = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        file.write_text(kept, encoding="utf-8")
+    return kept

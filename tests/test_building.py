@@ -403,3 +403,18 @@ def test_conf_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert Config(["conf/sampler/ddim.yaml"]).get("init_args.steps") == 5
     with pytest.raises(UserError, match="conf/sampler/heunn.yaml: there is no such file"):
         Config(["conf/sampler/heunn.yaml"])
+
+
+def test_a_list_is_no_mapping_of_anything() -> None:
+    """Of what may be anything there are no members to look for."""
+
+    def made(options: dict[str, Any] | None = None) -> Any:
+        return options
+
+    for value in ([1], [], [[]]):
+        config = Config()
+        config.set("options", value)
+        with pytest.raises(
+            UserError, match=r"options is \[.*\]; expected dict of str, Any or null"
+        ):
+            config.call(made)

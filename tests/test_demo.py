@@ -345,6 +345,12 @@ def test_what_the_page_does_not_need_is_closed(server: Server) -> None:
     assert {server.ask("GET", path)[0] for path in ("/", "/config", "/theme.css")} == {200}
 
 
+@pytest.mark.parametrize("data", [[], GOOD[:3], [*GOOD, 1], "7 signs", None, {}])
+def test_how_many_values_it_takes_is_said(data: Any, server: Server) -> None:
+    code, said = server.ask("POST", "/gradio_api/call/draw", {"data": data})[:2]
+    assert code == 422 and "7 values: prompt, negative prompt, sampler, steps" in str(said)
+
+
 def test_what_is_too_long_or_of_another_site_is_refused(server: Server) -> None:
     def ask(body: Any, **headers: str) -> tuple[int, bytes]:
         speaking = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)

@@ -119,13 +119,50 @@ def test_the_one_before_is_kept_and_taken_where_the_last_is_torn(
     assert read(torn)["global_step"] == 6
     before = torch.load(torn / "before.ckpt", weights_only=True)
     assert before["global_step"] == 3
-    for left in (1000, 0):
-        (torn / "last.ckpt").write_bytes((torn / "last.ckpt").read_bytes()[:left])
+    for left in ((torn / "last.ckpt").read_bytes()[:1000], b"", b"t", b"root:x:0"):
+        (torn / "last.ckpt").write_bytes(left)
         capsys.readouterr()
         assert Checkpoint(torn).path == torn / "before.ckpt"
         assert "cut short" in capsys.readouterr().err
     assert main(["fit", "--resume", str(torn), "--trainer.max_steps", "6"]) == 0
     assert equal(read(torn)["state_dict"], read(straight)["state_dict"])
+
+
+@pytest.mark.parametrize("lacks", ["global_step", "optimizer_states"])
+def test_weights_alone_are_not_gone_on_with(
+    lacks: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = copy(run, tmp_path / "run")
+    content = torch.load(torn / "last.ckpt", weights_only=True)
+    del content[lacks]
+    torch.save(content, torn / "last.ckpt")
+    told = sentence(["fit", "--resume", str(torn), "--trainer.max_steps", "6"], capsys)
+    assert f"holds weights and no training to go on with (it lacks {lacks})" in told
+    assert "--init_from" in told
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (b"\xff\xfe", "is no longer the table that the run wrote"),
+        (b"step,loss\n1," + b"9" * 200_000, "is no longer the table that the run wrote"),
+        (b"", ""),
+        ("step,loss\n²,3\n".encode(), ""),
+    ],
+)
+def test_a_log_that_somebody_wrote_over(
+    left: bytes, said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy(run, tmp_path / "run")
+    (other / "csv").mkdir(exist_ok=True)
+    (other / "csv/metrics.csv").write_bytes(left)
+    before = (other / "last.ckpt").read_bytes()
+    how = ["fit", "--resume", str(other), "--trainer.max_steps", "4", "--trainer.logger", "true"]
+    if said:
+        assert said in sentence(how, capsys)
+        assert (other / "last.ckpt").read_bytes() == before
+    else:
+        assert main(how) == 0
 
 
 # --- what a run that goes on is told

@@ -26,6 +26,7 @@ from pipeline import tracking
 from pipeline.callbacks import Watch
 from pipeline.callbacks.progress import busy_cores
 from pipeline.callbacks.watch import Operations
+from pipeline.errors import UserError
 from pipeline.generator import Generator
 
 
@@ -364,3 +365,15 @@ def test_where_the_server_does_not_answer_the_run_is_kept_offline(
 def test_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
     first = tracking._identity(tmp_path)
     assert tracking._identity(tmp_path) == first and len(first) >= 8
+    (tmp_path / "wandb-id").write_bytes(b"")  # of a disk that was full
+    assert len(tracking._identity(tmp_path)) >= 8
+
+
+@pytest.mark.parametrize("name", ["a/b:c", b"\xff"])
+def test_an_id_that_wandb_refuses_is_one_sentence(
+    name: str | bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "wandb-id").write_bytes(name if isinstance(name, bytes) else name.encode())
+    with pytest.raises(UserError, match="does not take the run .*wandb-id.*WANDB_MODE=disabled"):
+        tracking.loggers(tmp_path, "project" if name == "a/b:c" else "p/q", {})

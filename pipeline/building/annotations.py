@@ -32,7 +32,7 @@ class Kind:
     def families(self) -> list[type]:
         """The classes whose members may stand here."""
         classes = [k for k in self.members if isinstance(k, type) and not get_args(k)]
-        return [k for k in classes if k not in PLAIN]
+        return [k for k in classes if k not in PLAIN and k is not Any]
 
     @cached_property
     def is_function(self) -> bool:
@@ -48,7 +48,8 @@ class Kind:
     def items(self) -> Any:
         """What the items of a list are, where some of them are objects; else `None`."""
         both = zip(self.members, self.origins, strict=True)
-        lists = [k for k, of in both if isinstance(of, type) and issubclass(of, Iterable)]
+        kinds = [(k, of) for k, of in both if isinstance(of, type) and of is not dict]
+        lists = [k for k, of in kinds if issubclass(of, Iterable)]
         items = [one for k in lists for arg in get_args(k) for one in Kind(arg).members]
         whole = Union[tuple(items)] if items else None  # noqa: UP007
         return whole if Kind(whole).families else None

@@ -44,6 +44,7 @@ OPEN = re.compile(
     r"|/gradio_api/(info|startup-events|heartbeat/\w+|queue/(join|data)|call/draw(/\w+)?|cancel"
     r"|file=/.*)"
 )
+ASKS = ("/gradio_api/queue/join", "/gradio_api/call/draw")
 LARGE = 65_536  # bytes of a request; a drawing is asked for by a few thousand
 
 
@@ -290,6 +291,10 @@ def page(painter: Painter) -> Any:
                 return await fastapi.Response(status_code=413)(scope, receive, send)
             if not told.get("more_body"):
                 break
+        if path in ASKS and fields(body) != len(asked):
+            names = ", ".join(str(one.label) for one in asked)
+            said = f"data must be a list of {len(asked)} values: {names}."
+            return await fastapi.Response(said, 422)(scope, receive, send)
         whole = iter([{"type": "http.request", "body": bytes(body)}])
 
         async def received() -> Any:
@@ -300,3 +305,12 @@ def page(painter: Painter) -> Any:
         await app({**scope, "headers": own}, received, send)
 
     return door
+
+
+def fields(body: bytes | bytearray) -> int | None:
+    """How many values a request has for a drawing; `None` where it is none."""
+    try:
+        data = json.loads(body)["data"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return len(data) if isinstance(data, list) else None
