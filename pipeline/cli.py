@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,6 +19,7 @@ from pipeline.errors import UserError, code_of
 
 __all__ = ["main"]
 
+FULL = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 DOORS = ("fit", "generate", "demo", "sample", "evaluate", "export", "reference", "show")
 
 
@@ -85,6 +87,17 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"error: {sys.executable} has no module {error.name}: `make setup` makes an "
             "environment that has it, which `. .venv/bin/activate` enters.",
+            file=sys.stderr,
+        )
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        full = isinstance(error, MemoryError) or FULL.search(reason)
+        if os.environ.get("PIPELINE_TRACEBACK") or not full:
+            raise
+        print(
+            f"error: The memory does not hold it ({reason or 'Python has none left'}): ask for "
+            "less at once, such as a smaller --micro-batch, --number, --chains or --draws.",
             file=sys.stderr,
         )
         return 2

@@ -11,7 +11,8 @@ Nothing of it is executed, and what it names is built as from a checkpoint.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def save(
             "The model is guided by another one, which is not exported with it: set its guidance "
             "to ClassifierFree or None first, and give the other by --guidance when drawing."
         )
-    with new_folder(os.fspath(folder), FILES) as out:
+    with new_folder(os.fspath(folder), (*FILES, "*.ckpt")) as out, undone(out):
         with whole(out / WEIGHTS) as part:
             own = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
             part.write_bytes(safetensors.save(own))
@@ -59,6 +60,17 @@ def save(
         ):
             with whole(out / file) as part:
                 part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def undone(folder: Path) -> Iterator[None]:
+    """Nothing of a model is left of what fails, such as on a full disk."""
+    try:
+        yield
+    except BaseException:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def read(config: Path) -> dict[str, Any]:
@@ -165,7 +177,7 @@ def model_card(
         raise UserError(
             f"The licence is {license!r}; give a name as the hub has it, such as cc-by-4.0."
         )
-    lines = ["---", f"license: {license}", "library_name: conditional-score-pipeline"]
+    lines = ["---", f"license: {json.dumps(license)}", "library_name: conditional-score-pipeline"]
     lines += ["tags: [diffusion, score-matching]", "---", "", "# A model of p(x | u)", ""]
     lines += [f"![what it draws]({sheet})", ""] if sheet else []
     lines += ["| | |", "|---|---|", *(f"| {name} | {cell(text)} |" for name, text in rows.items())]

@@ -1,10 +1,11 @@
 """Bad values at every door: one sentence that names the value, and nothing is written or lost."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import ROOT, fit
+from tiny import ROOT, fit, sentence
 
 from pipeline.cli import main
 
@@ -134,3 +135,22 @@ def test_bad_values(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and named in said and "Traceback" not in said
     assert contents() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_full_memory_is_one_sentence(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.mcmc.sample", full)
+    monkeypatch.setattr("pipeline.building.Config.call", full)
+    assert "The memory does not hold it" in sentence([*BANANA, "--out", str(tmp_path)], capsys)

@@ -418,3 +418,30 @@ def test_a_list_is_no_mapping_of_anything() -> None:
             UserError, match=r"options is \[.*\]; expected dict of str, Any or null"
         ):
             config.call(made)
+
+
+def test_arguments_beside_a_class_count_in_a_list_too() -> None:
+    def made(callbacks: list[Sampler]) -> list[Sampler]:
+        return callbacks
+
+    config = Config()
+    heun = {"class_path": "pipeline.samplers.Heun", "steps": 3}
+    config.set("callbacks", [heun, {**heun, "init_args": {"churn": 0.1}}])
+    assert [one.steps for one in made(**called_with(config, made))] == [3, 3]
+    config.set("callbacks", [{**heun, "nonsense": 7}])
+    with pytest.raises(UserError, match="nonsense is not an argument of Heun"):
+        config.call(made)
+
+
+def called_with(config: Config, function: Callable) -> dict[str, Any]:
+    return {name: make(one) for name, one in config.call(function).arguments.items()}
+
+
+def test_what_is_not_set_is_set_by_its_option() -> None:
+    def made(known: str | torch.Tensor) -> Any:
+        return known
+
+    config = Config()
+    config.set("known", None)
+    with pytest.raises(UserError, match="known is null; expected .*; set it by --known"):
+        config.call(made)

@@ -71,7 +71,9 @@ def test_of_the_machine_nothing_is_told(run: Path, folder: Path) -> None:
         assert str(run.parent) not in (folder / name).read_text()
 
 
-def test_the_door_writes_a_card_and_a_sheet(run: Path, tmp_path: Path) -> None:
+def test_the_door_writes_a_card_and_a_sheet(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "model"
     result = tmp_path / "result.json"
     told = ["--number", "6", "--steps", "2", "--scale", "1", "--out", str(result)]
@@ -80,11 +82,12 @@ def test_the_door_writes_a_card_and_a_sheet(run: Path, tmp_path: Path) -> None:
     door = ["export", "--checkpoint", str(run), "--out", str(out), "--evaluation", str(result)]
     assert main([*door, *about]) == 0
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc-by-4.0\n")
+    assert card.startswith('---\nlicense: "cc-by-4.0"\n')
     for said in (
         "sheet.png",
         "drawings \\| ours, CC0",
         "after 3 steps",
+        "drawn by Heun (steps 2",
         "true pictures",
         "floor:",
     ):
@@ -93,6 +96,40 @@ def test_the_door_writes_a_card_and_a_sheet(run: Path, tmp_path: Path) -> None:
     before = contents(out)
     assert main([*door, *about]) == 2  # a model is there
     assert contents(out) == before
+    door[4] = str(tmp_path / "other")
+    changed = json.loads(result.read_text()) | {"sha256": "0" * 64}
+    result.write_text(json.dumps(changed))
+    assert "is of another model, or of another step" in sentence(door, capsys)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_no_place_for_a_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    said = sentence(["export", "--checkpoint", str(run), "--out", str(run)], capsys)
+    assert "holds results already" in said and contents(run) == before
+
+
+def test_of_a_full_disk_nothing_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    generator = Generator.from_pretrained(folder)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr("pipeline.exported.sha256", full)
+        generator.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    generator.save_pretrained(tmp_path / "model")
+
+
+def test_arguments_may_stand_beside_the_class(folder: Path, tmp_path: Path) -> None:
+    sampler = {"class_path": "pipeline.samplers.Heun", "steps": 3}
+    found = Generator.from_pretrained(changed(folder, tmp_path / "model", sampler=sampler))
+    assert found.sampler.steps == 3
+    sampler["stepps"] = 3
+    with pytest.raises(UserError, match="stepps is not an argument of Heun"):
+        Generator.from_pretrained(changed(folder, tmp_path / "other", sampler=sampler))
 
 
 def changed(folder: Path, to: Path, **said: Any) -> Path:

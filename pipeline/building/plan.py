@@ -105,7 +105,7 @@ class Resolver:
             if fits:
                 return checked
         choices = self.choices(kind.families, node, at) if kind.families else ""
-        if node is None and not kind.families:
+        if node is None and not choices.startswith("; choose"):
             choices = f"; set it by --{'.'.join(plain_path(at))}"
         raise self.error(at, f"is {shown(node)}; expected {kind}{choices}")
 
@@ -113,6 +113,9 @@ class Resolver:
         families, products = kind.families, kind.products
         if "class_path" in node:
             cls, given = self.load(node["class_path"], at), node.get("init_args") or {}
+            if isinstance(given, dict):  # or they stand beside the class
+                own = {k: v for k, v in node.items() if k not in ("class_path", "init_args")}
+                given = given | own
         elif len(families) == 1 and not inspect.isabstract(families[0]):
             cls, given = families[0], node
         else:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
     from pipeline.generator import Generator
 
     checkpoint = Checkpoint(locate(args.checkpoint), args.trust)
-    figures = read_result(args.evaluation) if args.evaluation else ""
+    figures = read_result(args.evaluation, checkpoint.sha256) if args.evaluation else ""
     content, data = checkpoint.content, checkpoint.about["data"]
     average = args.ema or next(iter(averages(content)), "trained")
     facts = {"weights": f"{average!r}, after {content.get('global_step', 'unknown')} steps"}
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, options: list[str], line: str) -> int:
             sheet.save(part, format="PNG")
     made = quote(args.out)
     print(f"The model is in {made}; draw by: python -m pipeline generate --model {made}")
-    if args.push:
+    if args.push is not None:
         print(f"It is uploaded as {exported.push(args.out, args.push)}")
     return 0
 
@@ -86,16 +86,33 @@ def draw(generator: Any) -> Any:
     return generator.sheet(rows, prompts, 4)
 
 
-def read_result(file: str) -> str:
-    """An evaluation in words."""
+def read_result(file: str, sha256: str) -> str:
+    """An evaluation of the checkpoint of a digest in words."""
     from pipeline.evaluation.report import block, context
 
     try:
         result = json.loads(Path(file).read_text("utf-8"))
-        return f"{block(result)}\n{context(result)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        how = f"drawn by {words(result['sampler'])}, guidance {words(result['guidance'])}"
+        told, of = f"{how}\n{block(result)}\n{context(result)}", result["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(
             f"--evaluation {file} cannot be read as a result ({reason}); give a file that "
             "`evaluate --out FILE.json` wrote."
         ) from error
+    if of != sha256:
+        raise UserError(
+            f"--evaluation {file} is of another model, or of another step of this one: evaluate "
+            "the checkpoint that is exported."
+        )
+    return told
+
+
+def words(how: dict[str, Any] | None) -> str:
+    """How it was drawn, or guided, in a line."""
+    if how is None:
+        return "none"
+    given = [
+        f"{key} {value}" for key, value in how.items() if key != "class" and value is not None
+    ]
+    return f"{how['class']} ({', '.join(given)})"

@@ -137,7 +137,7 @@ def said(error: BaseException) -> BaseException:
     reason = " ".join(str(error).split())
     if isinstance(error, MisconfigurationException):
         return UserError(reason)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
         return UserError(
             f"The memory of the device does not hold a step ({reason[:100]}): make "
             "--data.batch_size smaller, and add --trainer.accumulate_grad_batches 2."

@@ -68,10 +68,11 @@ class Store:
         if file is None:
             return
         try:
-            with whole(file) as part:
-                part.write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8")
             if sheet is not None:
-                sheet.save(file.with_suffix(".png"))
+                with whole(file.with_suffix(".png")) as part:
+                    sheet.save(part, "png")
+            with whole(file) as part:  # last: whose file is there is finished
+                part.write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8")
         except OSError as error:
             raise UserError(
                 f"--out {file} cannot be written to: {error.strerror}; name another."
