@@ -1,7 +1,7 @@
 """Objects from YAML: what is wanted is made, and what goes wrong is one sentence."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -445,3 +445,15 @@ def test_what_is_not_set_is_set_by_its_option() -> None:
     config.set("known", None)
     with pytest.raises(UserError, match="known is null; expected .*; set it by --known"):
         config.call(made)
+
+
+@pytest.mark.parametrize("given", ["tensorboard", ["wandb"]])
+def test_a_word_is_no_member(given: Any) -> None:
+    def made(logger: Sampler | Iterable[Sampler] | bool | None = None) -> Any:
+        return logger
+
+    config = Config()
+    config.set("logger", given)
+    with pytest.raises(UserError, match=r"logger.* is '(tensorboard|wandb)'; expected") as told:
+        config.call(made)
+    assert "conf/" not in str(told.value)

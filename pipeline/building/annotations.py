@@ -67,6 +67,8 @@ class Kind:
 
         if isinstance(value, list) and tuple in self.origins and list not in self.origins:
             value = tuple(value)
+        if isinstance(value, str) and Iterable in self.origins and str not in self.members:
+            return False, None  # whose letters pydantic would look at later
         how = ConfigDict(arbitrary_types_allowed=True, strict=True)
         try:
             return True, TypeAdapter(self.annotation, config=how).validate_python(value)

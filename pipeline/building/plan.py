@@ -209,8 +209,8 @@ class Resolver:
         are named like what stands there come first.
         """
         name = (*plain_path(at), "")[-2] if at else ""
-        for folder in (Path("conf") / name, Path("conf") / name[:-1]):
-            if name and (files := sorted(configuration(folder).glob("*.yaml"))):
+        for folder in (Path("conf") / one for one in (name, name[:-1]) if one):
+            if files := sorted(configuration(folder).glob("*.yaml")):
                 alike = difflib.get_close_matches(str(node), [file.stem for file in files])
                 files.sort(key=lambda file: file.stem not in alike)
                 listed = ", ".join(f"{folder}/{file.name}" for file in files[:8])
